@@ -1,0 +1,384 @@
+"""Trains the stages of 2SDM: embedder (where it is not the public CLIP), prior, image model, EDM baseline.
+
+    python train.py                                                   everything, on the embedded world
+    python train.py --dataset afhq --data afhq_v2/ --stage prior      one stage of one of the paper's settings
+
+A run lives in runs/<dataset>/<stage>/: checkpoint.pt, log.jsonl, samples-*.png. Started again it goes on where it stopped.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import twosdm
+from twosdm import UserError
+
+LOSS_BINS = (0.05, 0.15, 0.4, 1.2)                    # edges of sigma between which log.jsonl splits the loss
+
+
+def recipe(config, y_dim, a_dim):
+    """The network of a stage, as plain numbers that `twosdm.build_denoiser` understands and checkpoints keep."""
+    c, augment_dim = config, 9 if config.augment else 0
+    if c.stage == "prior":
+        return dict(net="prior", predict="data", sigma_data=0.5, settings=dict(
+            dim=y_dim, cond_dim=a_dim, augment_dim=augment_dim, width=c.prior_width, depth=c.prior_depth,
+            heads=c.prior_heads))
+    return dict(net="unet", predict="edm", sigma_data=0.5, settings=dict(
+        resolution=c.resolution, cond_dim=(y_dim or 0) + a_dim, augment_dim=augment_dim, arch=c.arch, width=c.width,
+        mults=c.mults, blocks=c.blocks, attention=c.attention, dropout=c.dropout))
+
+
+class Embedding:
+    """The embedder's stage: the symmetric contrastive loss of images and captions (shapes only)."""
+    recipe = dict(net="small-clip")
+
+    def __init__(self, config, images, device):
+        if config.dataset != "shapes" or config.embedder != "shapes":
+            raise UserError("only the embedder of shapes is trained: leave --stage embedder away")
+        self.images, self.captions = images, twosdm.shapes_captions(torch.arange(len(images)), config.seed)
+        self.module, self.device = twosdm.SmallClip(), device
+
+    def draw(self, rows):
+        return dict(sigma=torch.ones(len(rows)))
+
+    def loss(self, rows, draws):
+        loss = self.module.loss(self.images.batch(rows).to(self.device), [self.captions[i] for i in rows])
+        return loss, draws["sigma"]
+
+    def finish(self, module):
+        """Scales the embedding to rms 0.5 over the training set."""
+        with torch.no_grad():
+            parts = np.array_split(np.arange(len(self.images)), -(-len(self.images) // 500))
+            y = torch.cat([module(self.images.batch(rows).to(self.device)) for rows in parts])
+            module.scale.mul_(0.5 / y.square().mean().sqrt())
+
+    def preview(self, module, path):
+        pass
+
+
+class Diffusion:
+    """The prior's stage (Eq. 4), the image model's (Eq. 5) and the baseline's (Eq. 5 without y): one loss for all."""
+
+    def __init__(self, config, images, device, embedder=None):
+        self.config, self.images, self.device, self.embedder = config, images, device, embedder
+        self.augment = twosdm.Augment(config.augment) if config.augment else None
+        self.folder, self.bank = Path(config.runs) / config.dataset, None
+        self.onehot = None
+        if config.a == "class":
+            if images.labels is None:
+                raise UserError("--a class needs images in one folder per class, or a dataset.json with labels")
+            self.onehot = F.one_hot(torch.from_numpy(images.labels), len(images.classes)).float()
+        if embedder is not None and (config.stage == "prior" or not self.augment):
+            self.bank = twosdm.embedding_bank(images, embedder, self.folder, self.augment, config.views,
+                                              config.seed, device)
+            rms = np.sqrt(np.square(self.bank[0, :1000, :-9]).mean())
+            note = "" if 0.2 < rms < 1.2 else ": far from sigma_data = 0.5, expect poor samples"
+            print(f"the embedding's elements have rms {rms:.2f}{note}")
+        self.recipe = recipe(config, embedder and embedder.dim, len(images.classes) if config.a == "class" else 0)
+        self.module = twosdm.build_denoiser(self.recipe).to(device)
+        if config.stage != "prior":
+            self.module.to(memory_format=torch.channels_last)
+
+    def draw(self, rows):
+        """All random numbers of a batch, row by row, so that however it is split into parts the loss is the same."""
+        draws = dict(view=torch.randint(self.config.views, (len(rows),)))
+        if self.augment:
+            draws["augment"] = self.augment.draw(len(rows))
+        s = self.recipe["settings"]
+        shape = (s["dim"],) if self.recipe["net"] == "prior" else (3, s["resolution"], s["resolution"])
+        draws["sigma"], draws["noise"] = self.module.draw(torch.empty(len(rows), *shape, device=self.device))
+        return draws
+
+    def loss(self, rows, draws):
+        """(B,) rows -> loss (B,) and sigma (B,)."""
+        a = None if self.onehot is None else self.onehot[rows].to(self.device)
+        if self.recipe["net"] == "prior":
+            y = torch.from_numpy(self.bank[draws["view"].numpy() % len(self.bank), rows]).to(self.device)
+            x, cond, label = y[:, :-9], a, y[:, -9:]
+        else:
+            x, label = self.images.batch(rows).to(self.device), None
+            if self.augment:
+                x, label = self.augment(x, draws["augment"])
+            y = None
+            if self.bank is not None:
+                y = torch.from_numpy(self.bank[0, rows, :-9]).to(self.device)
+            elif self.embedder is not None:
+                with torch.no_grad():
+                    y = self.embedder(x)
+            cond = twosdm.join(y, a)
+        label = label if self.augment else None
+        loss = self.module.loss(x, cond, label, (draws["sigma"], draws["noise"]))
+        return loss, draws["sigma"]
+
+    def finish(self, module):
+        pass
+
+    def preview(self, module, path):
+        """A grid of samples: 18 steps without churn; the image model draws after embeddings of training images."""
+        if self.recipe["net"] == "prior":
+            return
+        side = 8 if self.config.resolution < 64 else 4
+        rows = np.arange(side * side) * 7919 % len(self.images)
+        with torch.no_grad():
+            y = self.embedder(self.images.batch(rows).to(self.device)) if self.embedder is not None else None
+            a = None if self.onehot is None else self.onehot[rows].to(self.device)
+            x = twosdm.sample_images(module, list(range(side * side)), y, a, twosdm.Sampler(steps=18, s_churn=0))
+        pixels = twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+        twosdm.save_picture(path, twosdm.image_grid(pixels, side), least=512)
+
+
+def train(config, device, quiet=False):
+    """One stage, from its checkpoint if there is one, to config.images images seen. Returns False if it was stopped."""
+    folder = Path(config.runs) / config.dataset / config.stage
+    path, identity = folder / "checkpoint.pt", identify(config)
+    checkpoint = twosdm.load_checkpoint(path, stage=config.stage) if path.exists() else None
+    if checkpoint:
+        same_run(checkpoint, identity, path)
+        if checkpoint["seen"] >= config.images:
+            print(f"{config.stage}: done, {checkpoint['seen']:,} images seen ({path})")
+            return True
+    images = twosdm.load_images(config)
+    torch.manual_seed(config.seed)
+    if config.stage == "embedder":
+        job, embedder = Embedding(config, images, device), None
+    else:
+        embedder = None if config.stage == "baseline" else get_embedder(config, images, device)
+        job = Diffusion(config, images, device, embedder)
+    packed = twosdm.pack_embedder(embedder) if embedder else None
+    described = dict(name=config.dataset, path=config.data, count=len(images), fingerprint=images.fingerprint,
+                     classes=images.classes, class_counts=None if images.labels is None else
+                     np.bincount(images.labels, minlength=len(images.classes)).tolist())
+    module = job.module.to(device).train()
+    ema = twosdm.EMA(module, config.ema_half_life, config.ema_ramp)
+    optimizer = torch.optim.Adam(module.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
+                                 fused=device.type == "cuda")
+    seen, seconds = 0, 0.0
+    if checkpoint:
+        for name, value in (("images", described["fingerprint"]), ("embedder", packed and packed["fingerprint"])):
+            if checkpoint["fingerprints"][name] != value:
+                raise UserError(f"{path} was trained with other {name}: give the same ones, or another --runs folder")
+        module.load_state_dict(checkpoint["net"])
+        ema.net.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        seen, seconds = checkpoint["seen"], checkpoint["seconds"]
+    start_log(folder / "log.jsonl", seen)
+
+    def save():
+        twosdm.save_checkpoint(
+            path, stage=config.stage, dataset=config.dataset, config=dataclasses.asdict(config), identity=identity,
+            model=job.recipe, data=described, embedder=packed, seen=seen, seconds=seconds, net=module.state_dict(),
+            ema=ema.net.state_dict(), optimizer=optimizer.state_dict(),
+            fingerprints=dict(images=described["fingerprint"], embedder=packed and packed["fingerprint"]))
+
+    order, stop, meter = twosdm.Order(len(images), config.seed), Stop(), Meter(config)
+    part = config.batch_gpu or config.batch
+    bar = tqdm(total=config.images, initial=seen, desc=f"{config.stage:>8}", unit=" images", unit_scale=True,
+               disable=quiet, smoothing=0.02)
+    while seen < config.images:
+        # All randomness is a function of (seed, images seen): a resumed run repeats what the first would have done.
+        torch.manual_seed(twosdm.mix_seed(config.seed, seen))
+        began, rows = time.perf_counter(), order[seen:seen + config.batch]
+        draws = job.draw(rows)
+        for group in optimizer.param_groups:          # Table of recipes: linear ramp, then constant
+            group["lr"] = config.lr * min((seen + config.batch) / max(config.lr_ramp, 1), 1)
+        optimizer.zero_grad(set_to_none=True)
+        for i in range(0, len(rows), part):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss, sigma = job.loss(rows[i:i + part], {k: v[i:i + part] for k, v in draws.items()})
+            (loss.sum() / config.batch).backward()
+            meter.losses(loss.detach(), sigma)
+        meter.gradients(module)                       # also replaces NaN and infinity, as EDM does
+        optimizer.step()
+        ema.update(module, seen, config.batch)
+        seen, seconds = seen + config.batch, seconds + time.perf_counter() - began
+        bar.update(config.batch)
+        last = seen >= config.images
+        if last:
+            job.finish(ema.net)
+        if due(seen, config.batch, config.log) or last:
+            meter.write(folder / "log.jsonl", seen, seconds, bar)
+        if due(seen, config.batch, config.save) or last or stop.asked:
+            save()
+        if config.preview and (due(seen, config.batch, config.preview) or last):
+            job.preview(ema.net, folder / f"samples-{seen:09d}.png")
+        if stop.asked and not last:
+            bar.close()
+            print(f"stopped at {seen:,} images and saved {path}: the same command goes on from there", file=sys.stderr)
+            return False
+    bar.close()
+    print(f"{config.stage}: {seen:,} images in {seconds:.0f} s -> {folder}")
+    return True
+
+
+def due(seen, batch, every):
+    """Whether a multiple of `every` was reached by the last `batch` images."""
+    return seen // every > (seen - batch) // every
+
+
+def identify(config):
+    """The settings that make a run what it is: those that it may not change on its way."""
+    fixed = [f.name for f in dataclasses.fields(config) if f.metadata["fixed"]]
+    unet = ("arch", "width", "mults", "blocks", "attention", "dropout")
+    foreign = [name for name in fixed if (name in unet and config.stage in ("prior", "embedder"))
+               or (name.startswith("prior_") and config.stage != "prior")
+               or (name in ("embedder", "views") and config.stage == "baseline")]
+    return {name: getattr(config, name) for name in fixed if name not in foreign}
+
+
+def same_run(checkpoint, identity, path):
+    """Refuses to go on with a run under other settings than it began with."""
+    other = {k: (checkpoint["identity"].get(k), v) for k, v in identity.items() if checkpoint["identity"].get(k) != v}
+    if other:
+        name, (old, new) = next(iter(other.items()))
+        raise UserError(f"{path} was trained with --{name.replace('_', '-')} {old}, not {new}: use its settings, or "
+                        f"keep both by giving another --runs folder")
+
+
+def get_embedder(config, images, device):
+    """e_i, frozen: the public CLIP, the small CLIP of shapes (trained before), or the PCA of the pixels (fitted here)."""
+    if config.embedder == "clip":
+        return twosdm.ClipEmbedder(config.clip_weights).to(device)
+    path = Path(config.runs) / config.dataset / "embedder" / "checkpoint.pt"
+    if config.embedder == "pixels":
+        if not path.exists():
+            embedder = twosdm.PixelEmbedder(config.resolution).fit(images)
+            twosdm.save_checkpoint(path, stage="embedder", dataset=config.dataset, seen=len(images),
+                                   embedder=twosdm.pack_embedder(embedder), resolution=config.resolution)
+        packed = twosdm.load_checkpoint(path, stage="embedder")["embedder"]
+        if packed is None or packed["name"] != "pixels":
+            raise UserError(f"{path} is another embedder: give another --runs folder")
+        return twosdm.unpack_embedder(packed, config.resolution).to(device)
+    if config.dataset != "shapes":
+        raise UserError("--embedder shapes knows only the embedded world: choose clip or pixels")
+    if not path.exists():
+        raise UserError("the embedder of shapes is not trained yet: python train.py --stage embedder")
+    checkpoint = twosdm.load_checkpoint(path, stage="embedder")
+    if checkpoint["seen"] < checkpoint["config"]["images"]:
+        raise UserError("the embedder of shapes is half trained: python train.py --stage embedder goes on with it")
+    embedder = twosdm.SmallClip()
+    embedder.load_state_dict(checkpoint["ema"])
+    return embedder.eval().requires_grad_(False).to(device)
+
+
+class Meter:
+    """What log.jsonl holds, one line per config.log images; sums stay on the device until a line is written."""
+
+    def __init__(self, config):
+        self.config, self.began = config, time.perf_counter()
+        self.clear()
+
+    def clear(self):
+        self.parts, self.norms, self.bad, self.began = [], [], [], time.perf_counter()
+
+    def losses(self, loss, sigma):
+        self.parts.append((loss, sigma))
+
+    def gradients(self, module):
+        """Replaces NaN and infinite gradients by finite ones, and keeps their number and the norm of all."""
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        self.norms.append(norms.square().sum().sqrt())
+        if self.norms[-1].isfinite():
+            return
+        self.bad.append(sum(int((~g.isfinite()).sum()) for g in gradients))
+        for g in gradients:
+            torch.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5, out=g)
+
+    def write(self, path, seen, seconds, bar):
+        loss, sigma = (torch.cat(part).cpu() for part in zip(*self.parts))
+        bins = torch.bucketize(sigma.to(loss.dtype), torch.tensor(LOSS_BINS, dtype=loss.dtype))
+        edges = (0, *LOSS_BINS, "inf")
+        line = dict(images=seen, loss=loss.mean().item(), seconds=round(seconds, 2),
+                    images_per_second=round(len(loss) / (time.perf_counter() - self.began), 1),
+                    gradient_norm=torch.stack(self.norms).mean().item(), nonfinite=sum(self.bad),
+                    loss_by_sigma={f"{edges[i]}-{edges[i + 1]}": loss[bins == i].mean().item()
+                                   for i in range(len(edges) - 1) if (bins == i).any()})
+        with twosdm.user_errors(f"{path} cannot be written"), open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        bar.set_postfix_str(f"loss {line['loss']:.4g}")
+        self.clear()
+
+
+def start_log(path, seen):
+    """Cuts off the lines that a killed run wrote after its last checkpoint, so that none stands there twice."""
+    with twosdm.user_errors(f"{path} cannot be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = []
+        for line in lines:
+            if not line.endswith("\n") or json.loads(line)["images"] > seen:
+                break
+            kept.append(line)
+        path.with_suffix(".new").write_text("".join(kept))
+        os.replace(path.with_suffix(".new"), path)
+
+
+class Stop:
+    """SIGTERM or Ctrl-C: finish the step, save and leave. A second Ctrl-C leaves at once."""
+
+    def __init__(self):
+        self.asked = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def main():
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--dataset", default="shapes")
+    early.add_argument("--stage", default="all")
+    known, _ = early.parse_known_args()
+    defaults = twosdm.configure(known.dataset, known.stage)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog=f"The defaults above are those of --dataset {known.dataset} --stage {known.stage}; "
+               f"data sets: {', '.join(twosdm.PRESETS)}.")
+    twosdm.add_flags(parser, defaults)
+    parser.add_argument("--dry-run", action="store_true", help="print the settings and parameter counts as JSON")
+    args = vars(parser.parse_args())
+    dry, _, _ = args.pop("dry_run"), args.pop("dataset"), args.pop("stage")
+    changes = {name: value for name, value in args.items() if value is not None}
+    configs = [twosdm.configure(known.dataset, stage, **changes)
+               for stage in (twosdm.STAGES if known.stage == "all" else (known.stage,))]
+    if known.stage == "all" and configs[0].embedder != "shapes":
+        configs = configs[1:]                         # nothing to train
+    if dry:
+        print(json.dumps([describe(config) for config in configs], indent=2))
+        return 0
+    device = twosdm.pick_device(configs[0].device)
+    print(f"{known.dataset}: {', '.join(c.stage for c in configs)} on {device}, {configs[0].precision}")
+    for config in configs:
+        if not train(config, device):
+            return 130
+    if known.stage == "all":
+        print("Next: python sample.py, then python evaluate.py")
+    return 0
+
+
+def describe(config):
+    """What --dry-run prints of a stage: every resolved setting and the size of the network."""
+    if config.stage == "embedder":
+        module = twosdm.SmallClip()
+    else:
+        y_dim = dict(clip=512, pixels=64, shapes=64)[config.embedder]
+        classes = 0 if config.a == "none" else len(twosdm.load_images(config).classes)
+        with torch.device("meta"):
+            module = twosdm.build_denoiser(recipe(config, None if config.stage == "baseline" else y_dim, classes))
+    return dict(dataclasses.asdict(config), parameters=sum(p.numel() for p in module.parameters()))
+
+
+if __name__ == "__main__":
+    twosdm.run(main)
