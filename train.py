@@ -137,7 +137,7 @@ class Diffusion:
         twosdm.save_picture(path, twosdm.image_grid(pixels, side), least=512)
 
 
-def train(config, device, quiet=False):
+def train(config, device):
     """One stage, from its checkpoint if there is one, to config.images images seen. Returns False if it was stopped."""
     folder = Path(config.runs) / config.dataset / config.stage
     path, identity = folder / "checkpoint.pt", identify(config)
@@ -183,39 +183,39 @@ def train(config, device, quiet=False):
     order, stop, meter = twosdm.Order(len(images), config.seed), Stop(), Meter(config)
     part = config.batch_gpu or config.batch
     bar = tqdm(total=config.images, initial=seen, desc=f"{config.stage:>8}", unit=" images", unit_scale=True,
-               disable=quiet, smoothing=0.02)
-    while seen < config.images:
-        # All randomness is a function of (seed, images seen): a resumed run repeats what the first would have done.
-        torch.manual_seed(twosdm.mix_seed(config.seed, seen))
-        began, rows = time.perf_counter(), order[seen:seen + config.batch]
-        draws = job.draw(rows)
-        for group in optimizer.param_groups:          # Table of recipes: linear ramp, then constant
-            group["lr"] = config.lr * min((seen + config.batch) / max(config.lr_ramp, 1), 1)
-        optimizer.zero_grad(set_to_none=True)
-        for i in range(0, len(rows), part):
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, sigma = job.loss(rows[i:i + part], {k: v[i:i + part] for k, v in draws.items()})
-            (loss.sum() / config.batch).backward()
-            meter.losses(loss.detach(), sigma)
-        meter.gradients(module)                       # also replaces NaN and infinity, as EDM does
-        optimizer.step()
-        ema.update(module, seen, config.batch)
-        seen, seconds = seen + config.batch, seconds + time.perf_counter() - began
-        bar.update(config.batch)
-        last = seen >= config.images
-        if last:
-            job.finish(ema.net)
-        if due(seen, config.batch, config.log) or last:
-            meter.write(folder / "log.jsonl", seen, seconds, bar)
-        if due(seen, config.batch, config.save) or last or stop.asked:
-            save()
-        if config.preview and (due(seen, config.batch, config.preview) or last):
-            job.preview(ema.net, folder / f"samples-{seen:09d}.png")
-        if stop.asked and not last:
-            bar.close()
-            print(f"stopped at {seen:,} images and saved {path}: the same command goes on from there", file=sys.stderr)
-            return False
-    bar.close()
+               smoothing=0.02)
+    with bar:
+        while seen < config.images:
+            # All randomness is a function of (seed, images seen): a resumed run repeats what the first would have done.
+            torch.manual_seed(twosdm.mix_seed(config.seed, seen))
+            began, rows = time.perf_counter(), order[seen:seen + config.batch]
+            draws = job.draw(rows)
+            for group in optimizer.param_groups:          # Table of recipes: linear ramp, then constant
+                group["lr"] = config.lr * min((seen + config.batch) / max(config.lr_ramp, 1), 1)
+            optimizer.zero_grad(set_to_none=True)
+            for i in range(0, len(rows), part):
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    loss, sigma = job.loss(rows[i:i + part], {k: v[i:i + part] for k, v in draws.items()})
+                (loss.sum() / config.batch).backward()
+                meter.losses(loss.detach(), sigma)
+            meter.gradients(module)                       # also replaces NaN and infinity, as EDM does
+            optimizer.step()
+            ema.update(module, seen, config.batch)
+            seen, seconds = seen + config.batch, seconds + time.perf_counter() - began
+            bar.update(config.batch)
+            last = seen >= config.images
+            if last:
+                job.finish(ema.net)
+            if due(seen, config.batch, config.log) or last:
+                meter.write(folder / "log.jsonl", seen, seconds, bar)
+            if due(seen, config.batch, config.save) or last or stop.asked:
+                save()
+            if config.preview and (due(seen, config.batch, config.preview) or last):
+                job.preview(ema.net, folder / f"samples-{seen:09d}.png")
+            if stop.asked and not last:
+                bar.close()
+                print(f"stopped at {seen:,} images and saved {path}: the same command goes on from there", file=sys.stderr)
+                return False
     print(f"{config.stage}: {seen:,} images in {seconds:.0f} s -> {folder}")
     return True
 

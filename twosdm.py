@@ -130,7 +130,7 @@ PRESETS = {
         stages=dict(
             embedder=dict(images=40 * K, lr=2e-3),
             prior=dict(images=200 * K, lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4),
-            image=dict(images=36 * K, batch=32, lr=4e-3, width=16, mults=(1, 2, 4), blocks=1, attention=(4,)))),
+            image=dict(images=36 * K, batch=32, lr=4e-3, width=24, mults=(1, 2, 2), blocks=1, attention=(4,)))),
     "folder": dict(
         resolution=32, augment=0.15, lr_ramp=20 * K, log=5 * K, preview=20 * K, save=20 * K,
         stages=dict(
@@ -908,9 +908,9 @@ def shapes_images(index, resolution, seed=0):
     for j in range(4):
         v = u[:, 8 + 8 * j:16 + 8 * j, None, None]
         quadrant = ((start + turn * j) % 4)[:, None, None]
-        cx = torch.where(quadrant % 3 == 0, -0.48, 0.48) + 0.16 * (v[:, 0] - 0.5)
-        cy = torch.where(quadrant < 2, -0.48, 0.48) + 0.16 * (v[:, 1] - 0.5)
-        size, angle = 0.36 + 0.12 * v[:, 2], (v[:, 3] - 0.5) * math.pi / 2
+        cx = torch.where(quadrant % 3 == 0, -0.48, 0.48) + 0.12 * (v[:, 0] - 0.5)
+        cy = torch.where(quadrant < 2, -0.48, 0.48) + 0.12 * (v[:, 1] - 0.5)
+        size, angle = 0.4 + 0.08 * v[:, 2], (v[:, 3] - 0.5) * math.pi / 4
         px, py = ((x - cx) * angle.cos() + (y - cy) * angle.sin()) / size, \
                  ((y - cy) * angle.cos() - (x - cx) * angle.sin()) / size
         distance = torch.empty_like(px)

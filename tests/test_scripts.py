@@ -1,0 +1,315 @@
+"""The scripts as a user runs them, on tiny settings: training, resuming, sampling, evaluating, and bad input."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import sample
+import train
+import twosdm
+
+ROOT = Path(train.__file__).parent
+TINY = ("--size 64 --resolution 8 --batch 8 --images 48 --lr-ramp 16 --log 16 --save 16 --preview 48 --steps 2 "
+        "--prior-width 16 --prior-depth 1 --prior-heads 2 --width 8 --mults 1,2 --blocks 1 --attention 4").split()
+
+
+def script(name, *args, cwd, **environment):
+    """Runs a script in a process of its own -> (exit code, standard output, standard error)."""
+    done = subprocess.run([sys.executable, ROOT / f"{name}.py", *map(str, args)], cwd=cwd, text=True,
+                          capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1", **environment))
+    return done.returncode, done.stdout, done.stderr
+
+
+def called(module, *args, cwd, monkeypatch, capsys):
+    """As `script`, in this process, which is ten times as fast: no import of torch."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
+    with pytest.raises(SystemExit) as stopped:
+        twosdm.run(module.main)
+    out, err = capsys.readouterr()
+    return stopped.value.code, out, err
+
+
+def refused(result, *words):
+    """Whether a call ended in one sentence with these words, without a traceback."""
+    code, out, err = result
+    last = err.strip().splitlines()[-1]
+    assert code in (1, 2) and "error: " in last and "Traceback" not in err, result
+    for word in words:
+        assert word in last, (word, last)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which everything was trained on the embedded world, in a process, as the README says."""
+    folder = tmp_path_factory.mktemp("trained")
+    code, out, err = script("train", *TINY, cwd=folder)
+    assert code == 0, err
+    assert "Next: python sample.py" in out
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    return lambda module, *args, cwd: called(module, *args, cwd=cwd, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def tensors(checkpoint):
+    """Every tensor of a checkpoint with its place: weights, averages and optimiser."""
+    found = {}
+
+    def walk(value, place):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{place}/{key}")
+        elif torch.is_tensor(value):
+            found[place] = value
+
+    walk({k: checkpoint[k] for k in ("net", "ema", "optimizer")}, "")
+    return found
+
+
+def same_bits(a, b):
+    a, b = (twosdm.load_checkpoint(path) for path in (a, b))
+    one, two = tensors(a), tensors(b)
+    assert one.keys() == two.keys() and len(one) > 20 and a["seen"] == b["seen"]
+    return all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_training_leaves_checkpoints_logs_and_pictures_and_says_when_all_is_done(trained, call):
+    for stage in twosdm.STAGES:
+        folder = trained / "runs" / "shapes" / stage
+        checkpoint = twosdm.load_checkpoint(folder / "checkpoint.pt", stage=stage)
+        assert checkpoint["seen"] == 48
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert [line["images"] for line in lines] == [16, 32, 48]
+        assert all(line["nonfinite"] == 0 and line["loss"] > 0 and line["gradient_norm"] > 0 for line in lines)
+    for stage in ("image", "baseline"):
+        assert (trained / "runs" / "shapes" / stage / "samples-000000048.png").exists()
+    code, out, err = call(train, *TINY, cwd=trained)
+    assert code == 0 and out.count("done, 48 images seen") == 4
+
+
+@pytest.mark.parametrize("stage", ["embedder", "prior", "image"])
+def test_stopping_and_resuming_changes_no_bit(trained, call, tmp_path, stage):
+    """N + resume + N steps equal 2N steps; the run's length is the only difference."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "shapes" / stage)
+    for images in (24, 48):
+        assert call(train, *TINY, "--stage", stage, "--images", images, cwd=tmp_path)[0] == 0
+    parts = [folder / "runs" / "shapes" / stage / "checkpoint.pt" for folder in (trained, tmp_path)]
+    if stage == "embedder":                           # its scale is measured at the end of each part
+        assert twosdm.load_checkpoint(parts[1])["seen"] == 48
+    assert same_bits(*parts)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_continues_as_if_nothing_had_happened(trained, call, tmp_path, kind):
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "shapes" / "baseline")
+    command = [sys.executable, ROOT / "train.py", *TINY, "--stage", "baseline", "--images", "4000"]
+    log = tmp_path / "runs" / "shapes" / "baseline" / "log.jsonl"
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               env=dict(os.environ, OMP_NUM_THREADS="1"))
+    deadline = time.time() + 60
+    while not (log.exists() and log.read_text().count("\n") > 3) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(kind)
+    err = process.communicate()[1]
+    path = log.parent / "checkpoint.pt"
+    seen = twosdm.load_checkpoint(path)["seen"]
+    assert 0 < seen < 4000
+    if kind != signal.SIGKILL:
+        assert process.returncode == 130 and "the same command goes on from there" in err and "Traceback" not in err
+    total = seen + 16
+    assert call(train, *TINY, "--stage", "baseline", "--images", total, cwd=tmp_path)[0] == 0
+    images = [json.loads(line)["images"] for line in log.read_text().splitlines()]
+    assert images == sorted(set(images)) and images[-1] == total
+    whole = tmp_path / "whole"
+    assert call(train, *TINY, "--stage", "baseline", "--images", total, "--runs", whole, cwd=tmp_path)[0] == 0
+    assert same_bits(path, whole / "shapes" / "baseline" / "checkpoint.pt")
+
+
+def test_accumulation_has_the_loss_of_the_whole_batch(trained, call, tmp_path):
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "shapes" / "image")
+    assert call(train, *TINY, "--stage", "image", "--batch-gpu", 3, cwd=tmp_path)[0] == 0
+    logs = [[json.loads(line)["loss"] for line in (folder / "runs/shapes/image/log.jsonl").read_text().splitlines()]
+            for folder in (trained, tmp_path)]
+    assert np.allclose(*logs, rtol=1e-4)
+
+
+def test_dry_run_prints_every_setting_as_json_and_trains_nothing(tmp_path, call):
+    code, out, err = call(train, "--dataset", "afhq", "--stage", "image", "--dry-run", cwd=tmp_path)
+    settings, = json.loads(out)
+    assert settings["parameters"] == 61_871_235 and settings["lr"] == 2e-4 and settings["dropout"] == 0.25
+    assert code == 0 and not any(tmp_path.iterdir())
+
+
+def test_help_shows_the_defaults_of_the_chosen_stage(tmp_path, call):
+    code, out, err = call(train, "--dataset", "afhq", "--stage", "prior", "--help", cwd=tmp_path)
+    assert code == 0 and "(default: 0.0001)" in out and "(default: afhq)" in out
+    for module in (sample, evaluate):
+        assert call(module, "--help", cwd=tmp_path)[0] == 0
+
+
+def test_samples_are_images_a_grid_and_an_array_and_the_same_for_every_batch(trained, call, tmp_path):
+    common = ["--n", 5, "--runs", trained / "runs", "--npz"]
+    for method in sample.METHODS:
+        out = tmp_path / method
+        code, printed, err = call(sample, *common, "--method", method, "--out", out, cwd=tmp_path)
+        assert code == 0 and Image.open(printed.strip()).width >= 512
+        array = np.load(out / "samples.npz")["arr_0"]
+        assert array.shape == (5, 8, 8, 3) and array.dtype == np.uint8
+        for i in range(5):
+            assert np.array_equal(np.asarray(Image.open(out / f"{i:06d}.png")), array[i])
+    again = tmp_path / "again"
+    assert call(sample, "--n", 3, "--seed", 2, "--batch", 1, "--runs", trained / "runs", "--out", again, "--npz",
+                cwd=tmp_path)[0] == 0
+    difference = np.load(again / "samples.npz")["arr_0"].astype(int) - np.load(tmp_path / "2sdm/samples.npz")["arr_0"][2:]
+    assert np.abs(difference).max() <= 1
+
+
+def test_sampling_continues_and_never_overwrites(trained, call, tmp_path):
+    common = ["--runs", trained / "runs", "--out", tmp_path / "out"]
+    assert call(sample, *common, "--n", 2, cwd=tmp_path)[0] == 0
+    stamp = (tmp_path / "out" / "000000.png").stat().st_mtime_ns
+    assert call(sample, *common, "--n", 4, cwd=tmp_path)[0] == 0
+    assert (tmp_path / "out" / "000000.png").stat().st_mtime_ns == stamp
+    assert (tmp_path / "out" / "000003.png").exists()
+    refused(call(sample, *common, "--steps", 3, cwd=tmp_path), "holds something else", "--out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    refused(call(sample, *common[:3], tmp_path / "mine", cwd=tmp_path), "--out")
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["thesis.txt"]
+
+
+def test_evaluation_prints_a_table_and_writes_its_protocol(trained, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.WorldFeatures.fit.__func__, "__defaults__", (256, 1, 64))
+    code, out, err = call(evaluate, "--n", 20, "--runs", trained / "runs", cwd=tmp_path)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert "not comparable with Inception" in lines[0] and "20 samples against 64" in lines[0]
+    assert [line.split()[0] for line in lines[2:5]] == ["2sdm", "oracle", "edm"] and "Warning: 20 samples" in err
+    record = json.loads((trained / "runs" / "shapes" / "evaluation.json").read_text())
+    assert record["protocol"]["n_generated"] == 20 and record["protocol"]["n_real"] == 64
+    for values in record["results"].values():
+        assert values["fid"] >= 0 and 0 <= values["precision"] <= 1 <= values["is"]
+    again = call(evaluate, "--n", 20, "--runs", trained / "runs", cwd=tmp_path)
+    assert again[1] == out and "2sdm:" not in again[2]                # from the cache: nothing was sampled
+
+
+def test_the_worlds_classifier_tells_the_attributes(tmp_path):
+    """After a fraction of its training it is far better than chance, and its logits are log-probabilities."""
+    net = evaluate.WorldFeatures.fit(16, "cpu", size=3000, epochs=2)
+    index = torch.arange(500)
+    out = net(twosdm.shapes_images(index, 16).permute(0, 3, 1, 2))
+    assert out["pool"].shape == (500, 64) and out["spatial"].shape == (500, 448) and out["logits"].shape == (500, 1536)
+    assert (out["logits"].exp().sum(1) - 1).abs().max() < 1e-4
+    with torch.no_grad():
+        for logits, (name, kinds) in zip(net.heads(out["pool"]), twosdm.ATTRIBUTES.items()):
+            right = (logits.argmax(1) == twosdm.shapes_attributes(index)[name]).double().mean()
+            assert right > 2 / kinds, (name, right)
+
+
+def photographs(folder, count=12, classes=0):
+    """Small JPEGs and PNGs of gradients, in class folders if there are classes."""
+    rng = np.random.RandomState(0)
+    for i in range(count):
+        place = folder / (f"class{i % classes}" if classes else ".")
+        place.mkdir(parents=True, exist_ok=True)
+        ramp = np.linspace(0, 255, 20)[:, None, None] * rng.rand(3) + np.zeros((20, 24, 3))
+        Image.fromarray(ramp.astype(np.uint8)).save(place / (f"{i}.png" if i % 2 else f"{i}.jpg"))
+
+
+def test_any_folder_trains_and_samples_with_classes_and_augmentation(call, tmp_path):
+    photographs(tmp_path / "pictures", classes=2)
+    tiny = [*TINY, "--dataset", "folder", "--data", tmp_path / "pictures", "--embedder", "pixels", "--a", "class",
+            "--views", 2]
+    for stage in ("prior", "image", "baseline"):
+        code, out, err = call(train, *tiny, "--stage", stage, cwd=tmp_path)
+        assert code == 0, err
+    for method in sample.METHODS:
+        code, out, err = call(sample, "--n", 3, "--method", method, "--class", 1, cwd=tmp_path)
+        assert code == 0 and Image.open(out.strip()), err
+    refused(call(sample, "--n", 3, "--class", 2, cwd=tmp_path), "the classes are 0 to 1")
+    refused(call(train, *tiny, "--stage", "prior", "--images", 96, "--data", tmp_path / "none", cwd=tmp_path), "none")
+    photographs(tmp_path / "others", count=7, classes=2)
+    refused(call(train, *tiny, "--stage", "image", "--images", 96, "--data", tmp_path / "others", cwd=tmp_path),
+            "trained with other images")
+
+
+def test_another_embedder_is_refused(trained, call, tmp_path):
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs/shapes/embedder")
+    assert call(train, *TINY, "--stage", "embedder", "--images", 56, cwd=tmp_path)[0] == 0
+    refused(call(train, *TINY, "--stage", "image", "--images", 96, cwd=tmp_path), "trained with other embedder")
+    shutil.rmtree(tmp_path / "runs/shapes/image")
+    assert call(train, *TINY, "--stage", "image", cwd=tmp_path)[0] == 0
+    refused(call(sample, "--n", 1, cwd=tmp_path), "different images or embeddings")
+
+
+def test_bad_input_gets_one_sentence(trained, call, tmp_path):
+    refused(call(sample, cwd=tmp_path), "python train.py")
+    refused(call(evaluate, cwd=tmp_path), "python train.py")
+    refused(call(train, "--dataset", "afhq", cwd=tmp_path), "--data")
+    refused(call(train, "--dataset", "nothing", cwd=tmp_path), "shapes")
+    refused(call(train, "--stage", "nothing", cwd=tmp_path), "embedder")
+    refused(call(train, "--stage", "image", *TINY, cwd=tmp_path), "--stage embedder")
+    refused(call(train, "--batch", "0", cwd=tmp_path), "--batch 0")
+    refused(call(train, "--images", "-5", cwd=tmp_path), "--images -5")
+    refused(call(train, "--lr", "nan", cwd=tmp_path), "--lr")
+    refused(call(train, "--images", "many", cwd=tmp_path), "--images")
+    refused(call(train, "--device", "abacus", *TINY, cwd=tmp_path), "--device abacus")
+    runs = ["--runs", trained / "runs"]
+    for flag, value in (("--steps", 1), ("--steps", 0), ("--n", 0), ("--n", -3), ("--batch", 0), ("--churn", -1),
+                        ("--churn", "nan"), ("--seed", -1), ("--s-noise", "inf")):
+        refused(call(sample, *runs, flag, value, cwd=tmp_path), flag)
+    refused(call(sample, *runs, "--class", 0, cwd=tmp_path), "without classes")
+    refused(call(evaluate, *runs, "--metrics", "fdi", cwd=tmp_path), "fdi")
+    refused(call(sample, *runs, "--image", trained / "runs/shapes/prior/checkpoint.pt", cwd=tmp_path), "'prior'")
+    refused(call(train, *TINY, *runs, "--stage", "image", "--width", 16, cwd=tmp_path), "--width 8, not 16")
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes((trained / "runs/shapes/image/checkpoint.pt").read_bytes()[:5000])
+    refused(call(sample, *runs, "--image", broken, cwd=tmp_path), "damaged")
+    (tmp_path / "file").write_text("")
+    refused(call(sample, *runs, "--out", tmp_path / "file", cwd=tmp_path), "file")
+    refused(call(sample, *runs, "--out", tmp_path / "file" / "below", cwd=tmp_path), "file")
+    refused(call(train, *TINY, "--runs", tmp_path / "file", cwd=tmp_path), "file")
+
+
+def test_bad_pictures_are_named(call, tmp_path):
+    flags = [*TINY, "--dataset", "folder", "--embedder", "pixels", "--stage", "prior", "--views", 1]
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    refused(call(train, *flags, "--data", folder, cwd=tmp_path), "no images")
+    photographs(folder)
+    (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:60])
+    refused(call(train, *flags, "--data", folder, cwd=tmp_path), "7.png", "--skip-bad")
+    assert call(train, *flags, "--data", folder, "--skip-bad", cwd=tmp_path)[0] == 0
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        archive.write(folder / "1.png", "../1.png")
+    refused(call(train, *flags, "--data", tmp_path / "evil.zip", "--runs", "other", cwd=tmp_path), "../1.png")
+
+
+def test_a_full_disk_ends_in_one_sentence_and_loses_nothing(trained, tmp_path):
+    """A limit on the size of files stands for a full disk: the system refuses the write in the same place."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    path = tmp_path / "runs/shapes/image/checkpoint.pt"
+    before = path.read_bytes()
+    limited = f"ulimit -f 20; exec '{sys.executable}' '{ROOT / 'train.py'}' {' '.join(TINY)} --stage image --images 96"
+    done = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "cannot be written" in done.stderr.splitlines()[-1]
+    assert path.read_bytes() == before
