@@ -394,7 +394,8 @@ class WorldFeatures(nn.Module):
 
     (N, 3, H, W) uint8 or [-1, 1] -> dict of pool (N, 64), spatial (N, 448) and logits (N, 1536), those of the
     joint distribution of shape, colour, background and count as a product of four. It is independent of the
-    embedder: other images, labels instead of captions. Its values compare with each other, never with Inception's.
+    embedder: other images, labels instead of captions. Its values compare with each other, not
+    with Inception's.
     """
 
     def __init__(self, width=24):
@@ -404,7 +405,8 @@ class WorldFeatures(nn.Module):
             nn.Conv2d(3, w, 3, padding=1), relu,
             nn.Conv2d(w, 2 * w, 3, stride=2, padding=1), nn.BatchNorm2d(2 * w), relu,
             nn.Conv2d(2 * w, 2 * w, 3, padding=1), nn.BatchNorm2d(2 * w), relu,
-            nn.Conv2d(2 * w, 2 * w, 3, stride=2, padding=1), nn.BatchNorm2d(2 * w), relu, nn.AdaptiveAvgPool2d(4))
+            nn.Conv2d(2 * w, 2 * w, 3, stride=2, padding=1), nn.BatchNorm2d(2 * w), relu,
+            nn.AdaptiveAvgPool2d(4))
         self.pool = nn.Sequential(nn.Flatten(), nn.Linear(32 * w, 64), relu)
         self.head = nn.Linear(64, sum(twosdm.ATTRIBUTES.values()))
 
@@ -425,7 +427,7 @@ class WorldFeatures(nn.Module):
 
     @classmethod
     def trained(cls, folder, resolution, device="cpu"):
-        """The classifier for a resolution from its cache in `folder`, trained first if it is not there: a minute."""
+        """The classifier for a resolution from its cache in `folder`; if absent, it is trained: a minute."""
         path, net = Path(folder) / f"classifier-{resolution}.pt", cls()
         if path.exists():
             net.load_state_dict(twosdm.load_checkpoint(path, stage="classifier")["net"])
@@ -439,13 +441,14 @@ class WorldFeatures(nn.Module):
     @classmethod
     def fit(cls, resolution, device, size=20_000, epochs=3, batch=128):
         torch.manual_seed(0)
-        net, index = cls().to(device).train(), torch.arange(10**9, 10**9 + size)      # far from any training set
+        net, index = cls().to(device).train(), torch.arange(10**9, 10**9 + size)   # far from any training set
         pixels = twosdm.shapes_world(index, resolution).pixels
         targets = twosdm.shapes_attributes(index)
         optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
         steps = epochs * (size // batch)
         ramp = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-        bar = tqdm(total=steps * batch, desc="training the world's classifier", unit=" images", unit_scale=True)
+        bar = tqdm(total=steps * batch, desc="training the world's classifier",
+                   unit=" images", unit_scale=True)
         for _ in range(epochs):
             for rows in torch.randperm(size)[:size // batch * batch].split(batch):
                 x = twosdm.to_float(torch.from_numpy(pixels[rows.numpy()])).permute(0, 3, 1, 2).to(device)
@@ -535,11 +538,12 @@ def table(rows, metrics):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     at_least = sample.add_sampling_flags(parser)
     add = parser.add_argument
-    add("--method", nargs="+", choices=list(sample.METHODS), help="what to compare (default: all that are trained)")
+    add("--method", nargs="+", choices=list(sample.METHODS),
+        help="what to compare (default: all that are trained)")
     add("--n", type=at_least(2, int), help="images per method (default: 1000 on shapes, otherwise 50000)")
     add("--metrics", default="fid,sfid,is,precision,recall", help="comma-separated (default: %(default)s)")
     add("--inception-weights", help="the public Inception file (default: downloaded once)")
@@ -561,7 +565,8 @@ def main():
     dataset, folder = saved["dataset"], Path(args.runs) / saved["dataset"]
     n = args.n or (1000 if dataset == "shapes" else 50_000)
     if dataset == "shapes":
-        network, label = WorldFeatures.trained(folder, saved["resolution"], device), "the world's own classifier"
+        network, label = (WorldFeatures.trained(folder, saved["resolution"], device),
+                          "the world's own classifier")
     else:
         network, label = InceptionFeatures(args.inception_weights).to(device), "Inception 2015-12-05"
     images = twosdm.load_images(twosdm.TrainConfig(**dict(saved, data=args.data or saved["data"])))
@@ -573,23 +578,26 @@ def main():
                     is_block=5000, precision_recall_real=min(10_000, len(images)), seed=args.seed,
                     reference=images.fingerprint, resolution=saved["resolution"])
     real = cached(folder / "features", ["real", network.sha256, images.fingerprint], lambda: extract(
-        (images.pixels[i:i + 250] for i in range(0, len(images), 250)), network, len(images), "training set", 10_000))
+        (images.pixels[i:i + 250] for i in range(0, len(images), 250)), network, len(images), "training set",
+        10_000))
     rows, results = [], {}
     for pipeline in pipelines:
         seeds = list(range(args.seed, args.seed + n))
         began = time.perf_counter()
-        fake = cached(folder / "features", [pipeline.describe(), args.seed, n, network.sha256], lambda: extract(
-            (pipeline(seeds[i:i + args.batch]) for i in range(0, n, args.batch)), network, n, pipeline.method))
+        fake = cached(folder / "features", [pipeline.describe(), args.seed, n, network.sha256],
+                      lambda: extract((pipeline(seeds[i:i + args.batch]) for i in range(0, n, args.batch)),
+                                      network, n, pipeline.method))
         values = score(real, fake, metrics)
         rows.append((pipeline.method if pipeline.method != "baseline" else "edm", values))
         results[pipeline.method] = dict(values, seconds=time.perf_counter() - began, **pipeline.describe())
-    print(f"{dataset} {saved['resolution']}x{saved['resolution']}, {n} samples against {len(images)} training images, "
-          f"features of {label}" + (" (not comparable with Inception's)" if dataset == "shapes" else ""))
+    print(f"{dataset} {saved['resolution']}x{saved['resolution']}, "
+          f"{n} samples against {len(images)} training images, features of {label}"
+          + (" (not comparable with Inception's)" if dataset == "shapes" else ""))
     print(table(rows, metrics))
     dims = real["mu"].shape[0]
     if n <= dims and ("fid" in metrics or "sfid" in metrics):
-        print(f"Warning: {n} samples for {dims}-dimensional features: FID is biased upwards, compare at equal n only.",
-              file=sys.stderr)
+        print(f"Warning: {n} samples for {dims}-dimensional features: FID is biased upwards, "
+              f"compare at equal n only.", file=sys.stderr)
     path = Path(args.json) if args.json else folder / "evaluation.json"
     with twosdm.user_errors(f"{path} cannot be written"):
         fresh = path.with_name(path.name + ".new")

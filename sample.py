@@ -2,9 +2,9 @@
 
     python sample.py                                 64 images of the newest runs, as PNGs and one grid
     python sample.py --method baseline --n 1000      the EDM model without embeddings
-    python sample.py --n 50000 --npz --out big       also one uint8 array (N, H, W, 3), `arr_0` of OpenAI's evaluator
+    python sample.py --n 50000 --npz --out big       also `arr_0` (N, H, W, 3) uint8 for OpenAI's evaluator
 
-Image i depends on the seed seed + i alone, not on the batch. The same command again continues where it stopped.
+Image i depends on seed + i alone, not on the batch. The same command again continues where it stopped.
 """
 import argparse
 import json
@@ -23,13 +23,13 @@ from tqdm import tqdm
 import twosdm
 from twosdm import UserError
 
-METHODS = {"2sdm": ("prior", "image"), "oracle": ("image",), "baseline": ("baseline",)}       # the runs they need
+METHODS = {"2sdm": ("prior", "image"), "oracle": ("image",), "baseline": ("baseline",)}  # the runs they need
 
 
 class Pipeline:
     """A method with its networks: seeds -> images. Raises UserError if a run is missing or two do not fit.
 
-    2sdm: y ~ prior, x ~ image model. oracle: y is the embedding of a random training image. baseline: no y at all.
+    2sdm: y ~ prior, x ~ image model. oracle: y is the embedding of a training image. baseline: no y at all.
     """
 
     def __init__(self, args, method, device):
@@ -39,8 +39,8 @@ class Pipeline:
         self.models = {stage: twosdm.load_denoiser(c, device) for stage, c in self.checkpoints.items()}
         self.main = self.checkpoints[METHODS[method][-1]]               # of the network that draws the pixels
         if method == "2sdm" and self.checkpoints["prior"]["fingerprints"] != self.main["fingerprints"]:
-            raise UserError(f"{files['prior']} and {files['image']} were trained on different images or embeddings: "
-                            f"train both with the same settings")
+            raise UserError(f"{files['prior']} and {files['image']} were trained on different images or "
+                            f"embeddings: train both with the same settings")
         saved, self.data = self.main["config"], self.main["data"]
         churn = saved["churn"] if args.churn is None else args.churn
         steps, s_noise = args.steps or saved["steps"], args.s_noise
@@ -48,8 +48,9 @@ class Pipeline:
         self.image_sampler = twosdm.Sampler(args.image_steps or steps, churn, s_noise=s_noise)
         self.classes = len(self.data["classes"]) if saved["a"] == "class" else 0
         if args.label is not None and not 0 <= args.label < self.classes:
-            raise UserError(f"--class {args.label}: " + (f"the classes are 0 to {self.classes - 1}" if self.classes
-                            else "this model was trained without classes (train.py --a class)"))
+            raise UserError(f"--class {args.label}: " + (
+                f"the classes are 0 to {self.classes - 1}" if self.classes
+                else "this model was trained without classes (train.py --a class)"))
         self.images = None
         if method == "oracle":
             config = twosdm.TrainConfig(**saved)
@@ -64,12 +65,13 @@ class Pipeline:
     def describe(self):
         """What the images depend on, for the record."""
         return dict(method=self.method, dataset=self.main["dataset"], steps=self.sampler.steps,
-                    image_steps=self.image_sampler.steps, churn=self.sampler.s_churn, s_noise=self.sampler.s_noise,
-                    label=self.args.label, images_seen={s: c["seen"] for s, c in self.checkpoints.items()},
+                    image_steps=self.image_sampler.steps, churn=self.sampler.s_churn,
+                    s_noise=self.sampler.s_noise, label=self.args.label,
+                    images_seen={s: c["seen"] for s, c in self.checkpoints.items()},
                     networks={s: twosdm.fingerprint(m) for s, m in self.models.items()})
 
     def items(self, seeds):
-        """For each seed a random training item, of the class that was asked for: rows (B,) for the oracle's y and a."""
+        """Per seed a random training item, of the class asked for: rows (B,) for the oracle's y and a."""
         rows = []
         pool = np.arange(len(self.images)) if self.args.label is None else \
             np.flatnonzero(self.images.labels == self.args.label)
@@ -79,13 +81,13 @@ class Pipeline:
         return np.array(rows)
 
     def labels(self, seeds):
-        """For each seed a class, from the frequencies of the training set unless one was asked for: one-hot (B, A)."""
+        """Per seed a class, as asked for or by its frequency in the training set: one-hot (B, A)."""
         if self.args.label is not None:
             drawn = torch.full((len(seeds),), self.args.label)
         else:
             shares = torch.tensor(self.data["class_counts"], dtype=torch.float64)
-            draws = [torch.multinomial(shares, 1, generator=torch.Generator().manual_seed(s + twosdm.LABEL_STREAM))
-                     for s in seeds]
+            draws = [torch.multinomial(
+                shares, 1, generator=torch.Generator().manual_seed(s + twosdm.LABEL_STREAM)) for s in seeds]
             drawn = torch.cat(draws)
         return F.one_hot(drawn, self.classes).float().to(self.device)
 
@@ -95,12 +97,13 @@ class Pipeline:
         a = self.labels(seeds) if self.classes else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             if self.method == "2sdm":
-                x = twosdm.sample_two_stage(self.models["prior"], self.models["image"], seeds, a, self.sampler,
-                                            self.image_sampler)
+                x = twosdm.sample_two_stage(self.models["prior"], self.models["image"], seeds, a,
+                                            self.sampler, self.image_sampler)
             elif self.method == "oracle":
                 rows = self.items(seeds)
                 if self.classes:
-                    a = F.one_hot(torch.from_numpy(self.images.labels[rows]), self.classes).float().to(self.device)
+                    a = F.one_hot(
+                        torch.from_numpy(self.images.labels[rows]), self.classes).float().to(self.device)
                 y = self.embedder(self.images.batch(rows).to(self.device))
                 x = twosdm.sample_images(self.models["image"], seeds, y, a, self.image_sampler)
             else:
@@ -113,8 +116,8 @@ def find_run(args, stage):
     found = list(Path(args.runs).glob(f"{args.dataset or '*'}/{stage}/checkpoint.pt"))
     if not found:
         where = f"--dataset {args.dataset}" if args.dataset else "any data set"
-        raise UserError(f"{args.runs} has no trained '{stage}' of {where}: run python train.py first, or say where "
-                        f"the runs are with --runs")
+        raise UserError(f"{args.runs} has no trained '{stage}' of {where}: run python train.py first, or "
+                        f"say where the runs are with --runs")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
@@ -131,12 +134,16 @@ def add_sampling_flags(parser):
         return number
 
     add = parser.add_argument
-    add("--seed", type=at_least(0, int), default=0, help="image i is drawn from seed + i (default: %(default)s)")
-    add("--steps", type=at_least(2, int), help="sampling steps of prior and image model (default: the run's preset)")
+    add("--seed", type=at_least(0, int), default=0,
+        help="image i is drawn from seed + i (default: %(default)s)")
+    add("--steps", type=at_least(2, int),
+        help="sampling steps of prior and image model (default: the run's preset)")
     add("--image-steps", type=at_least(2, int), help="steps of the image model alone (default: as --steps)")
     add("--churn", type=at_least(0, float), help="S_churn; 0 = deterministic (default: the run's preset)")
-    add("--s-noise", type=at_least(0, float), default=1.007, help="S_noise of the churn (default: %(default)s)")
-    add("--class", type=int, dest="label", metavar="CLASS", help="draw this class alone (default: as in the data)")
+    add("--s-noise", type=at_least(0, float), default=1.007,
+        help="S_noise of the churn (default: %(default)s)")
+    add("--class", type=int, dest="label", metavar="CLASS",
+        help="draw this class alone (default: as in the data)")
     add("--batch", type=at_least(1, int), default=250, help="images drawn at a time (default: %(default)s)")
     add("--runs", default="runs", help="folder of all runs (default: %(default)s)")
     add("--dataset", help="whose runs to take (default: those trained last)")
@@ -146,7 +153,8 @@ def add_sampling_flags(parser):
     add("--data", help="the training images, for the oracle (default: where they were)")
     add("--clip-weights", help="CLIP's weights, for the oracle (default: where they were)")
     add("--device", default="auto", help="auto = cuda, else mps, else cpu (default: %(default)s)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks (default: %(default)s)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32",
+        help="of the networks (default: %(default)s)")
     return at_least
 
 
@@ -161,7 +169,8 @@ def same_dataset(args):
 
 def open_folder(out, settings, default):
     """A folder for samples of these settings: new, or one that holds the same. Never another's."""
-    candidates = [Path(out)] if out else [Path(default + (f"-{i}" if i > 1 else "")) for i in range(1, 10_000)]
+    candidates = [Path(out)] if out else [
+        Path(default + (f"-{i}" if i > 1 else "")) for i in range(1, 10_000)]
     for folder in candidates:
         record = folder / "settings.json"
         with twosdm.user_errors(f"{folder} cannot be written"):
@@ -187,11 +196,12 @@ def write_npz(path, folder, names, shape):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     at_least = add_sampling_flags(parser)
     parser.add_argument("--method", choices=list(METHODS), default="2sdm", help="(default: %(default)s)")
-    parser.add_argument("--n", type=at_least(1, int), default=64, help="number of images (default: %(default)s)")
+    parser.add_argument("--n", type=at_least(1, int), default=64,
+                        help="number of images (default: %(default)s)")
     parser.add_argument("--out", help="folder for the images (default: samples/<dataset>-<method>, numbered)")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz, all images as one array")
     args = parser.parse_args()

@@ -3,7 +3,8 @@
     python train.py                                                   everything, on the embedded world
     python train.py --dataset afhq --data afhq_v2/ --stage prior      one stage of one of the paper's settings
 
-A run lives in runs/<dataset>/<stage>/: checkpoint.pt, log.jsonl, samples-*.png. Started again it goes on where it stopped.
+A run lives in runs/<dataset>/<stage>/: checkpoint.pt, log.jsonl, samples-*.png.
+Started again it goes on where it stopped.
 """
 import argparse
 import dataclasses
@@ -27,15 +28,15 @@ LOSS_BINS = (0.05, 0.15, 0.4, 1.2)                    # edges of sigma between w
 
 
 def recipe(config, y_dim, a_dim):
-    """The network of a stage, as plain numbers that `twosdm.build_denoiser` understands and checkpoints keep."""
+    """The network of a stage as plain numbers, for `twosdm.build_denoiser` and for checkpoints."""
     c, augment_dim = config, 9 if config.augment else 0
     if c.stage == "prior":
         return dict(net="prior", predict="data", sigma_data=0.5, settings=dict(
             dim=y_dim, cond_dim=a_dim, augment_dim=augment_dim, width=c.prior_width, depth=c.prior_depth,
             heads=c.prior_heads))
     return dict(net="unet", predict="edm", sigma_data=0.5, settings=dict(
-        resolution=c.resolution, cond_dim=(y_dim or 0) + a_dim, augment_dim=augment_dim, arch=c.arch, width=c.width,
-        mults=c.mults, blocks=c.blocks, attention=c.attention, dropout=c.dropout))
+        resolution=c.resolution, cond_dim=(y_dim or 0) + a_dim, augment_dim=augment_dim, arch=c.arch,
+        width=c.width, mults=c.mults, blocks=c.blocks, attention=c.attention, dropout=c.dropout))
 
 
 class Embedding:
@@ -67,7 +68,7 @@ class Embedding:
 
 
 class Diffusion:
-    """The prior's stage (Eq. 4), the image model's (Eq. 5) and the baseline's (Eq. 5 without y): one loss for all."""
+    """The stages of prior (Eq. 4), image model (Eq. 5) and baseline (Eq. 5 without y): one loss for all."""
 
     def __init__(self, config, images, device, embedder=None):
         self.config, self.images, self.device, self.embedder = config, images, device, embedder
@@ -76,7 +77,8 @@ class Diffusion:
         self.onehot = None
         if config.a == "class":
             if images.labels is None:
-                raise UserError("--a class needs images in one folder per class, or a dataset.json with labels")
+                raise UserError("--a class needs images in one folder per class, "
+                                "or a dataset.json with labels")
             self.onehot = F.one_hot(torch.from_numpy(images.labels), len(images.classes)).float()
         if embedder is not None and (config.stage == "prior" or not self.augment):
             self.bank = twosdm.embedding_bank(images, embedder, self.folder, self.augment, config.views,
@@ -84,13 +86,14 @@ class Diffusion:
             rms = np.sqrt(np.square(self.bank[0, :1000, :-9]).mean())
             note = "" if 0.2 < rms < 1.2 else ": far from sigma_data = 0.5, expect poor samples"
             print(f"the embedding's elements have rms {rms:.2f}{note}")
-        self.recipe = recipe(config, embedder and embedder.dim, len(images.classes) if config.a == "class" else 0)
+        self.recipe = recipe(config, embedder and embedder.dim,
+                             len(images.classes) if config.a == "class" else 0)
         self.module = twosdm.build_denoiser(self.recipe).to(device)
         if config.stage != "prior":
             self.module.to(memory_format=torch.channels_last)
 
     def draw(self, rows):
-        """All random numbers of a batch, row by row, so that however it is split into parts the loss is the same."""
+        """All random numbers of a batch, row by row: however it is split into parts, the loss is the same."""
         draws = dict(view=torch.randint(self.config.views, (len(rows),)))
         if self.augment:
             draws["augment"] = self.augment.draw(len(rows))
@@ -124,7 +127,7 @@ class Diffusion:
         pass
 
     def preview(self, module, path):
-        """A grid of samples: 18 steps without churn; the image model draws after embeddings of training images."""
+        """A grid of samples: 18 steps, no churn; the image model draws after training images' embeddings."""
         if self.recipe["net"] == "prior":
             return
         side = 8 if self.config.resolution < 64 else 4
@@ -132,13 +135,14 @@ class Diffusion:
         with torch.no_grad():
             y = self.embedder(self.images.batch(rows).to(self.device)) if self.embedder is not None else None
             a = None if self.onehot is None else self.onehot[rows].to(self.device)
-            x = twosdm.sample_images(module, list(range(side * side)), y, a, twosdm.Sampler(steps=18, s_churn=0))
+            x = twosdm.sample_images(module, list(range(side * side)), y, a,
+                                     twosdm.Sampler(steps=18, s_churn=0))
         pixels = twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
         twosdm.save_picture(path, twosdm.image_grid(pixels, side), least=512)
 
 
 def train(config, device):
-    """One stage, from its checkpoint if there is one, to config.images images seen. Returns False if it was stopped."""
+    """One stage, from its checkpoint if any, to config.images images seen. Returns False if stopped."""
     folder = Path(config.runs) / config.dataset / config.stage
     path, identity = folder / "checkpoint.pt", identify(config)
     checkpoint = twosdm.load_checkpoint(path, stage=config.stage) if path.exists() else None
@@ -164,9 +168,11 @@ def train(config, device):
                                  fused=device.type == "cuda")
     seen, seconds = 0, 0.0
     if checkpoint:
-        for name, value in (("images", described["fingerprint"]), ("embedder", packed and packed["fingerprint"])):
+        for name, value in (("images", described["fingerprint"]),
+                            ("embedder", packed and packed["fingerprint"])):
             if checkpoint["fingerprints"][name] != value:
-                raise UserError(f"{path} was trained with other {name}: give the same ones, or another --runs folder")
+                raise UserError(f"{path} was trained with other {name}: give the same ones, "
+                                f"or another --runs folder")
         module.load_state_dict(checkpoint["net"])
         ema.net.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -175,9 +181,9 @@ def train(config, device):
 
     def save():
         twosdm.save_checkpoint(
-            path, stage=config.stage, dataset=config.dataset, config=dataclasses.asdict(config), identity=identity,
-            model=job.recipe, data=described, embedder=packed, seen=seen, seconds=seconds, net=module.state_dict(),
-            ema=ema.net.state_dict(), optimizer=optimizer.state_dict(),
+            path, stage=config.stage, dataset=config.dataset, config=dataclasses.asdict(config),
+            identity=identity, model=job.recipe, data=described, embedder=packed, seen=seen, seconds=seconds,
+            net=module.state_dict(), ema=ema.net.state_dict(), optimizer=optimizer.state_dict(),
             fingerprints=dict(images=described["fingerprint"], embedder=packed and packed["fingerprint"]))
 
     order, stop, meter = twosdm.Order(len(images), config.seed), Stop(), Meter(config)
@@ -186,11 +192,11 @@ def train(config, device):
                smoothing=0.02)
     with bar:
         while seen < config.images:
-            # All randomness is a function of (seed, images seen): a resumed run repeats what the first would have done.
+            # All randomness follows from (seed, images seen): a resumed run repeats what the first would do.
             torch.manual_seed(twosdm.mix_seed(config.seed, seen))
             began, rows = time.perf_counter(), order[seen:seen + config.batch]
             draws = job.draw(rows)
-            for group in optimizer.param_groups:          # Table of recipes: linear ramp, then constant
+            for group in optimizer.param_groups:      # Table of recipes: linear ramp, then constant
                 group["lr"] = config.lr * min((seen + config.batch) / max(config.lr_ramp, 1), 1)
             optimizer.zero_grad(set_to_none=True)
             for i in range(0, len(rows), part):
@@ -198,7 +204,7 @@ def train(config, device):
                     loss, sigma = job.loss(rows[i:i + part], {k: v[i:i + part] for k, v in draws.items()})
                 (loss.sum() / config.batch).backward()
                 meter.losses(loss.detach(), sigma)
-            meter.gradients(module)                       # also replaces NaN and infinity, as EDM does
+            meter.gradients(module)                   # also replaces NaN and infinity, as EDM does
             optimizer.step()
             ema.update(module, seen, config.batch)
             seen, seconds = seen + config.batch, seconds + time.perf_counter() - began
@@ -214,7 +220,8 @@ def train(config, device):
                 job.preview(ema.net, folder / f"samples-{seen:09d}.png")
             if stop.asked and not last:
                 bar.close()
-                print(f"stopped at {seen:,} images and saved {path}: the same command goes on from there", file=sys.stderr)
+                print(f"stopped at {seen:,} images and saved {path}: the same command goes on from there",
+                      file=sys.stderr)
                 return False
     print(f"{config.stage}: {seen:,} images in {seconds:.0f} s -> {folder}")
     return True
@@ -237,15 +244,16 @@ def identify(config):
 
 def same_run(checkpoint, identity, path):
     """Refuses to go on with a run under other settings than it began with."""
-    other = {k: (checkpoint["identity"].get(k), v) for k, v in identity.items() if checkpoint["identity"].get(k) != v}
+    other = {k: (checkpoint["identity"].get(k), v) for k, v in identity.items()
+             if checkpoint["identity"].get(k) != v}
     if other:
         name, (old, new) = next(iter(other.items()))
-        raise UserError(f"{path} was trained with --{name.replace('_', '-')} {old}, not {new}: use its settings, or "
-                        f"keep both by giving another --runs folder")
+        raise UserError(f"{path} was trained with --{name.replace('_', '-')} {old}, not {new}: "
+                        f"use its settings, or keep both by giving another --runs folder")
 
 
 def get_embedder(config, images, device):
-    """e_i, frozen: the public CLIP, the small CLIP of shapes (trained before), or the PCA of the pixels (fitted here)."""
+    """e_i, frozen: public CLIP, the shapes' small CLIP (trained before) or a PCA of pixels (fitted here)."""
     if config.embedder == "clip":
         return twosdm.ClipEmbedder(config.clip_weights).to(device)
     path = Path(config.runs) / config.dataset / "embedder" / "checkpoint.pt"
@@ -264,14 +272,15 @@ def get_embedder(config, images, device):
         raise UserError("the embedder of shapes is not trained yet: python train.py --stage embedder")
     checkpoint = twosdm.load_checkpoint(path, stage="embedder")
     if checkpoint["seen"] < checkpoint["config"]["images"]:
-        raise UserError("the embedder of shapes is half trained: python train.py --stage embedder goes on with it")
+        raise UserError("the embedder of shapes is half trained: "
+                        "python train.py --stage embedder goes on with it")
     embedder = twosdm.SmallClip()
     embedder.load_state_dict(checkpoint["ema"])
     return embedder.eval().requires_grad_(False).to(device)
 
 
 class Meter:
-    """What log.jsonl holds, one line per config.log images; sums stay on the device until a line is written."""
+    """What log.jsonl holds, one line per config.log images; sums stay on the device until then."""
 
     def __init__(self, config):
         self.config, self.began = config, time.perf_counter()
@@ -310,7 +319,7 @@ class Meter:
 
 
 def start_log(path, seen):
-    """Cuts off the lines that a killed run wrote after its last checkpoint, so that none stands there twice."""
+    """Cuts off the lines a killed run wrote after its last checkpoint, so that none stands there twice."""
     with twosdm.user_errors(f"{path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -347,7 +356,8 @@ def main():
         epilog=f"The defaults above are those of --dataset {known.dataset} --stage {known.stage}; "
                f"data sets: {', '.join(twosdm.PRESETS)}.")
     twosdm.add_flags(parser, defaults)
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and parameter counts as JSON")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print the settings and parameter counts as JSON")
     args = vars(parser.parse_args())
     dry, _, _ = args.pop("dry_run"), args.pop("dataset"), args.pop("stage")
     changes = {name: value for name, value in args.items() if value is not None}
@@ -376,7 +386,8 @@ def describe(config):
         y_dim = dict(clip=512, pixels=64, shapes=64)[config.embedder]
         classes = 0 if config.a == "none" else len(twosdm.load_images(config).classes)
         with torch.device("meta"):
-            module = twosdm.build_denoiser(recipe(config, None if config.stage == "baseline" else y_dim, classes))
+            module = twosdm.build_denoiser(
+                recipe(config, None if config.stage == "baseline" else y_dim, classes))
     return dict(dataclasses.asdict(config), parameters=sum(p.numel() for p in module.parameters()))
 
 

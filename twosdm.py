@@ -1,24 +1,24 @@
 """Two-stage diffusion models (2SDM): sample what the image is about, then sample the image.
 
-A diffusion model of images spends much of its effort on deciding *what* to draw. 2SDM splits that decision off: a
-small diffusion model (the prior) samples a CLIP image embedding y, an EDM diffusion model samples the image x given
-y, and y is thrown away. In the paper's equations (Harvey and Wood, *Visual Chain-of-Thought Diffusion Models*,
-arXiv 2303.16187, and its full version, *Two-stage diffusion models*):
+A diffusion model of images spends much of its effort on deciding *what* to draw. 2SDM splits that decision
+off: a small diffusion model (the prior) samples a CLIP image embedding y, an EDM diffusion model samples the
+image x given y, and y is thrown away. In the paper's equations (Harvey and Wood, *Visual Chain-of-Thought
+Diffusion Models*, arXiv 2303.16187, and its full version, *Two-stage diffusion models*):
 
     p(x|a) = E_{p(y|a)} p(x|y,a)                                                                     (Eq. 2)
            ≈ E_{p_φ(y|a)} p_θ(x|y,a)           y from the prior, x from the image model, forget y    (Eq. 3)
 
-The law of the training data is p(x,y,a) = p(x,a) δ(y - e_i(x)): y is computed from x, so nobody has to label anything.
+The law of the training data is p(x,y,a) = p(x,a) δ(y - e_i(x)): y is computed from x, nobody labels anything.
 
 Glossary
-    B, C, H, W   batch, channels, height, width              D       dimension of an embedding
-    x            an image, (B, C, H, W) in [-1, 1]           y       its embedding e_i(x), (B, D), rms about 0.5
-    a            what the user conditions on, (B, A):        sigma   standard deviation of the noise, (B,)
-                 nothing, or the class as a one-hot          D(x; σ) the denoiser: E[clean | noisy]
+    B, C, H, W   batch, channels, height, width          D       dimension of an embedding
+    x            an image, (B, C, H, W) in [-1, 1]       y       its embedding e_i(x), (B, D), rms about 0.5
+    a            what the user conditions on, (B, A):    sigma   standard deviation of the noise, (B,)
+                 nothing, or the class as a one-hot      D(x; σ) the denoiser: E[clean | noisy]
     EDM          Karras et al. 2022, *Elucidating the Design Space of Diffusion-Based Generative Models*
 
-Reading order: 1 configuration, 2 diffusion, 3 sampling, 4 two stages, 5 shared layers, 6 prior transformer, 7 U-Net,
-8 embeddings, 9 data, 10 plumbing. Sections 2 to 4 are the method; the rest is what it stands on.
+Reading order: 1 configuration, 2 diffusion, 3 sampling, 4 two stages, 5 shared layers, 6 prior transformer,
+7 U-Net, 8 embeddings, 9 data, 10 plumbing. Sections 2 to 4 are the method; the rest is what it stands on.
 """
 import concurrent.futures
 import contextlib
@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something only the user can mend: one clear sentence with the remedy, which the scripts print without a traceback."""
+    """A mistake that only the user can mend: one sentence with the remedy, printed without a traceback."""
 
 
 # ============================================================================================================
@@ -61,13 +61,13 @@ class UserError(Exception):
 # ============================================================================================================
 # The vocabulary of the embedded world: what its images show and its captions say.
 SHAPES = ("circle", "ring", "square", "triangle", "cross", "star")
-COLOURS = dict(red=0, orange=30, yellow=55, green=120, cyan=180, blue=225, purple=275, pink=325)   # hue in degrees
+COLOURS = dict(red=0, orange=30, yellow=55, green=120, cyan=180, blue=225, purple=275, pink=325)   # hue in °
 COUNTS = ("one", "two", "three", "four")
 ATTRIBUTES = dict(shape=len(SHAPES), colour=len(COLOURS), background=len(COLOURS), count=len(COUNTS))
 
 
 def option(default, help, low=None, high=None, choices=None, fixed=True):
-    """A setting with its meaning, bounds, and whether a run must keep it for life (fixed) or may change it."""
+    """A setting: its meaning, its bounds, and whether a run keeps it for life (fixed) or may change it."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, fixed=fixed))
 
 
@@ -76,15 +76,16 @@ STAGES = ("embedder", "prior", "image", "baseline")
 
 @dataclass
 class TrainConfig:
-    """All that determines a training run. Every field is a flag of train.py; a preset changes some of the defaults."""
-    stage: str = option("all", "what to train; all = whatever is missing, in this order", choices=("all", *STAGES))
+    """All that determines a training run. Each field is a flag of train.py; presets change some defaults."""
+    stage: str = option("all", "what to train; all = whatever is missing, in this order",
+                        choices=("all", *STAGES))
     dataset: str = option("shapes", "the preset: the data set and the settings that go with it")
     data: str = option("", "folder or zip with the images (shapes draws its own)", fixed=False)
     resolution: int = option(16, "height and width of the images, in pixels", low=4)
     size: int = option(20_000, "number of training images of shapes", low=1)
     skip_bad: bool = option(False, "leave out images that cannot be read instead of stopping", fixed=False)
-    embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, a PCA of the pixels, or a small CLIP of "
-                           "the shapes", choices=("clip", "pixels", "shapes"))
+    embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, a PCA of the pixels, or a small CLIP "
+                           "of the shapes", choices=("clip", "pixels", "shapes"))
     clip_weights: str = option("openai", "'openai', which open_clip downloads, or a file", fixed=False)
     a: str = option("none", "what the user conditions on: nothing, or the class", choices=("none", "class"))
     # The prior: Table "Prior" of the authors' configuration
@@ -101,7 +102,8 @@ class TrainConfig:
     # Training: spec of EDM's and the paper's recipes
     images: int = option(25_000_000, "length of the training, in images seen", low=1, fixed=False)
     batch: int = option(256, "images per optimiser step", low=1)
-    batch_gpu: int = option(0, "images per forward pass, to save memory; 0 = the whole batch", low=0, fixed=False)
+    batch_gpu: int = option(0, "images per forward pass, to save memory; 0 = the whole batch",
+                            low=0, fixed=False)
     lr: float = option(2e-4, "Adam's step size after the ramp", low=0)
     lr_ramp: int = option(10_000_000, "images over which the step size rises from 0", low=0)
     ema_half_life: int = option(500_000, "half-life of the weights' moving average, in images", low=0)
@@ -114,8 +116,8 @@ class TrainConfig:
     churn: float = option(50.0, "S_churn of the sampler; 0 = deterministic", low=0, fixed=False)
     # The machine
     device: str = option("auto", "auto = cuda, else mps, else cpu", fixed=False)
-    precision: str = option("fp32", "of the networks' arithmetic; weights stay fp32", choices=("fp32", "bf16"),
-                            fixed=False)
+    precision: str = option("fp32", "of the networks' arithmetic; weights stay fp32",
+                            choices=("fp32", "bf16"), fixed=False)
     runs: str = option("runs", "folder of all runs", fixed=False)
     log: int = option(50_000, "images between lines of log.jsonl", low=1, fixed=False)
     preview: int = option(1_000_000, "images between pictures of samples; 0 = none", low=0, fixed=False)
@@ -129,14 +131,15 @@ PRESETS = {
         embedder="shapes", lr_ramp=4 * K, log=2 * K, preview=12 * K, save=6 * K, steps=18, churn=0.0, views=1,
         stages=dict(
             embedder=dict(images=40 * K, lr=2e-3),
-            prior=dict(images=200 * K, lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4),
-            image=dict(images=36 * K, batch=32, lr=4e-3, width=24, mults=(1, 2, 2), blocks=1, attention=(4,)))),
+            prior=dict(images=250 * K, lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4),
+            image=dict(images=44 * K, batch=32, lr=4e-3, width=24, mults=(1, 2, 2), blocks=1,
+                       attention=(4,)))),
     "folder": dict(
         resolution=32, augment=0.15, lr_ramp=20 * K, log=5 * K, preview=20 * K, save=20 * K,
         stages=dict(
             prior=dict(images=1 * M, lr=3e-4, prior_width=256, prior_depth=4),
-            image=dict(images=200 * K, batch=64, lr=5e-4, width=64, mults=(1, 2, 2), blocks=2, attention=(16, 8),
-                       dropout=0.05))),
+            image=dict(images=200 * K, batch=64, lr=5e-4, width=64, mults=(1, 2, 2), blocks=2,
+                       attention=(16, 8), dropout=0.05))),
     "afhq": dict(
         resolution=64, augment=0.15,
         stages=dict(prior=dict(lr=1e-4), image=dict(dropout=0.25))),
@@ -147,14 +150,15 @@ PRESETS = {
 
 
 def configure(dataset="shapes", stage="image", **changes):
-    """The settings of one stage: the dataclass's defaults, then the preset's, then `changes`. Raises UserError."""
+    """The settings of one stage: the defaults, then the preset's, then `changes`. Raises UserError."""
     if dataset not in PRESETS:
         raise UserError(f"--dataset {dataset} is unknown: choose one of {', '.join(PRESETS)}")
     chosen = dict(PRESETS[dataset])
     chosen |= chosen.pop("stages").get({"baseline": "image", "all": "image"}.get(stage, stage), {})
     config = TrainConfig(**(chosen | dict(dataset=dataset, stage=stage) | changes))
     for f in dataclasses.fields(config):
-        value, (low, high, choices) = getattr(config, f.name), (f.metadata[k] for k in ("low", "high", "choices"))
+        value, (low, high, choices) = getattr(config, f.name), (
+            f.metadata[k] for k in ("low", "high", "choices"))
         numbers = value if isinstance(value, tuple) else (value,)
         flag = "--" + f.name.replace("_", "-")
         if choices and value not in choices:
@@ -209,11 +213,11 @@ def like(sigma, x):
 
 
 class Denoiser(nn.Module):
-    """A network made into the denoiser D(x; sigma): EDM Eq. 7, for vectors (B, D) and images (B, C, H, W) alike.
+    """A network made into the denoiser D(x; sigma): EDM Eq. 7, for vectors (B, D) and images (B, C, H, W).
 
-    predict="edm" is EDM's preconditioning (Table 1), for the image model. predict="data" is the paper's prior: the network
-    predicts the clean y itself. Both share one loss weight, 1 / c_out², so this choice is all that tells them apart.
-    `net` is any net(x, c_noise, cond, augment) that returns the shape of x.
+    predict="edm" is EDM's preconditioning (Table 1), for the image model. predict="data" is the paper's
+    prior: the network predicts the clean y itself. Both share one loss weight, 1 / c_out², so this choice is
+    all that tells them apart. `net` is any net(x, c_noise, cond, augment) that returns the shape of x.
     """
 
     def __init__(self, net, sigma_data=0.5, predict="edm", p_mean=-1.2, p_std=1.2):
@@ -223,7 +227,7 @@ class Denoiser(nn.Module):
         self.p_mean, self.p_std = p_mean, p_std
 
     def scalings(self, sigma):
-        """(B,) -> c_skip, c_out, c_in, c_noise, each (B,): EDM Table 1; for predict="data", D = net(c_in x)."""
+        """(B,) -> c_skip, c_out, c_in, c_noise, each (B,): EDM Table 1; predict="data": D = net(c_in x)."""
         total = (sigma**2 + self.sigma_data**2).sqrt()
         c_skip, c_out = self.sigma_data**2 / total**2, sigma * self.sigma_data / total
         if self.predict == "data":
@@ -231,19 +235,19 @@ class Denoiser(nn.Module):
         return c_skip, c_out, 1 / total, sigma.log() / 4
 
     def forward(self, x, sigma, cond=None, augment=None):
-        """D(x; sigma): x (B, ...), sigma (B,), cond (B, K) or None, augment (B, 9) or None -> (B, ...), float32."""
+        """D(x; sigma): x (B, ...), sigma (B,), optional cond (B, K), augment (B, 9) -> (B, ...), float32."""
         x, sigma = x.float(), sigma.float()
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
         raw = self.net(like(c_in, x) * x, c_noise, cond, augment).float()
         return like(c_skip, x) * x + like(c_out, x) * raw
 
     def draw(self, x):
-        """The random numbers of one loss evaluation: sigma (B,) with ln sigma ~ N(p_mean, p_std²), noise like x."""
+        """The random numbers of one loss: sigma (B,) with ln sigma ~ N(p_mean, p_std²), and noise like x."""
         sigma = (torch.randn(len(x), device=x.device) * self.p_std + self.p_mean).exp()
         return sigma, torch.randn_like(x)
 
     def loss(self, x, cond=None, augment=None, draws=None):
-        """(B, ...) -> (B,): lambda(sigma) |D(x + sigma eps; sigma) - x|², summed over elements (Eq. 1; EDM Eq. 8).
+        """(B, ...) -> (B,): lambda(sigma) |D(x + sigma eps; sigma) - x|², summed over x (Eq. 1; EDM Eq. 8).
 
         `draws` = (sigma, noise) as `draw` returns them, for a caller that splits one batch into several.
         """
@@ -257,7 +261,7 @@ class Denoiser(nn.Module):
 # 3 Sampling
 # ============================================================================================================
 def sigma_schedule(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """The noise levels t_0 = sigma_max > ... > t_{N-1} = sigma_min, t_N = 0: (steps + 1,) float64 (EDM Eq. 5)."""
+    """Noise levels t_0 = sigma_max > ... > t_{N-1} = sigma_min, t_N = 0: (steps + 1,) float64 (EDM Eq. 5)."""
     assert steps >= 2, "a schedule needs at least its two ends"
     ramp = torch.arange(steps, dtype=torch.float64) / (steps - 1)
     sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
@@ -265,11 +269,13 @@ def sigma_schedule(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 
 
 @torch.no_grad()
-def heun_sample(denoise, noise, sigmas, s_churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0, randn_like=torch.randn_like):
+def heun_sample(denoise, noise, sigmas, s_churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0,
+                randn_like=torch.randn_like):
     """EDM's stochastic sampler, Algorithm 2: 2N - 1 evaluations for N = len(sigmas) - 1 steps.
 
-    denoise(x, sigma) with x (B, ...) and sigma (B,); `noise` is unit Gaussian (B, ...), not yet scaled; returns (B, ...).
-    The state is float64 (float32 on Apple's GPU, which has no float64); the denoiser computes as it likes.
+    denoise(x, sigma) with x (B, ...) and sigma (B,); `noise` (B, ...) is unit Gaussian, not yet scaled;
+    returns (B, ...). The state is float64 (float32 on Apple's GPU, which has no float64); the denoiser
+    computes as it likes.
     """
     state = torch.float32 if noise.device.type == "mps" else torch.float64
     levels, steps = [float(s) for s in sigmas], len(sigmas) - 1
@@ -293,7 +299,7 @@ def heun_sample(denoise, noise, sigmas, s_churn=0.0, s_min=0.0, s_max=math.inf, 
 
 
 class SampleNoise:
-    """Gaussian noise whose row i comes from a generator seeded by seeds[i] alone: a sample never depends on its batch."""
+    """Gaussian noise whose row i comes from seeds[i] alone: a sample never depends on its batch."""
 
     def __init__(self, seeds, device="cpu"):
         self.generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
@@ -320,7 +326,7 @@ class Sampler:
     s_noise: float = 1.007
 
     def __call__(self, denoiser, shape, seeds, cond=None):
-        """Samples of p(. | cond), one per seed: shape without the batch, cond (B, K) or None -> (B, *shape) float32."""
+        """Samples p(. | cond), one per seed: shape without B, cond (B, K) or None -> (B, *shape) float32."""
         device = next(denoiser.parameters()).device
         noise = SampleNoise(seeds, device)
         return heun_sample(lambda x, sigma: denoiser(x, sigma, cond), noise.randn(len(seeds), *shape),
@@ -328,8 +334,8 @@ class Sampler:
                            noise.randn_like).float()
 
 
-# Departure: the authors give the image model the prior's seed plus one, so that sample i's image and sample i+1's
-# embedding start from the same random numbers. A large offset keeps the two streams apart.
+# Departure: the authors give the image model the prior's seed plus one, so that sample i's image and sample
+# i+1's embedding start from the same random numbers. A large offset keeps the two streams apart.
 IMAGE_STREAM, LABEL_STREAM = 2**40, 2**41
 
 
@@ -345,13 +351,13 @@ def sample_embeddings(prior, seeds, a, sampler):
 
 
 def sample_images(image_model, seeds, y, a, sampler):
-    """Stage 2: x ~ p_image(x | y, a). y (B, D), or None for a plain EDM model -> (B, C, H, W), about [-1, 1]."""
+    """Stage 2: x ~ p_image(x | y, a). y (B, D), or None for plain EDM -> (B, C, H, W), about [-1, 1]."""
     shape = (image_model.net.channels, image_model.net.resolution, image_model.net.resolution)
     return sampler(image_model, shape, [seed + IMAGE_STREAM for seed in seeds], join(y, a))
 
 
 def sample_two_stage(prior, image_model, seeds, a=None, sampler=Sampler(), image_sampler=None):
-    """2SDM, Eq. 3: sample y, then x given y, then discard y. (The oracle hands true embeddings to `sample_images`.)"""
+    """2SDM, Eq. 3: sample y, then x given y; forget y. (The oracle gives `sample_images` true embeddings.)"""
     y = sample_embeddings(prior, seeds, a, sampler)
     return sample_images(image_model, seeds, y, a, image_sampler or sampler)
 
@@ -373,10 +379,10 @@ def to_float(pixels):
 # 5 Shared layers
 # ============================================================================================================
 def noise_features(c_noise, dim, adm=False):
-    """(B,) -> (B, dim): sinusoids of the noise level. DDPM++: (sin, cos), period up to 2π·10000; ADM: (cos, sin)."""
+    """(B,) -> (B, dim): sinusoids of c_noise. DDPM++: (sin, cos), period up to 2π·10000; ADM: (cos, sin)."""
     half = dim // 2
     steps = torch.arange(half, device=c_noise.device, dtype=torch.float32)
-    angles = c_noise[:, None] * 10000 ** (-steps / (half if adm else half - 1))                       # (B, dim / 2)
+    angles = c_noise[:, None] * 10000 ** (-steps / (half if adm else half - 1))           # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()] if adm else [angles.sin(), angles.cos()], dim=1)
 
 
@@ -408,7 +414,8 @@ class PriorBlock(nn.Module):
 
     def forward(self, t):
         B, T, width = t.shape
-        q, k, v = self.qkv(self.norm1(t)).reshape(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
+        q, k, v = self.qkv(self.norm1(t)).reshape(
+            B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)                               # (B, heads, T, d)
         t = t + self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, width))
         return t + self.mlp(self.norm2(t))
 
@@ -416,10 +423,10 @@ class PriorBlock(nn.Module):
 class PriorTransformer(nn.Module):
     """The auxiliary model of §3: a transformer over the tokens [augmentation] [a] [sigma] [y_sigma] [query].
 
-    forward: y_sigma (B, D) scaled by c_in, c_noise (B,), a (B, A), augmentation label (B, 9) -> (B, D), read off the
-    query's token. Tokens of an absent input are not built (A = 0, no augmentation in training).
-    Departure: a plain pre-norm transformer; the authors' block adds a causal mask, shared keys and values, cosine attention,
-    rotary and relative positions and SwiGLU. Width, depth, heads and tokens are theirs.
+    forward: y_sigma (B, D) scaled by c_in, c_noise (B,), a (B, A), augmentation label (B, 9) -> (B, D), read
+    off the query's token. Tokens of an absent input are not built (A = 0, no augmentation in training).
+    Departure: a plain pre-norm transformer; the authors' block adds a causal mask, shared keys and values,
+    cosine attention, rotary and relative positions and SwiGLU. Width, depth, heads and tokens are theirs.
     """
 
     def __init__(self, dim, cond_dim=0, augment_dim=0, width=512, depth=6, heads=8):
@@ -459,20 +466,21 @@ class PriorTransformer(nn.Module):
         if self.cond_dim:
             tokens.append(self.map_cond(cond))
         tokens += [self.map_noise(noise_features(c_noise, self.width)), self.map_y(y)]
-        t = torch.stack([*tokens, self.query[:, 0].expand(len(y), -1)], dim=1) + self.position   # (B, tokens, width)
+        t = torch.stack([*tokens, self.query[:, 0].expand(len(y), -1)],
+                        dim=1) + self.position                                            # (B, tokens, width)
         for block in self.blocks:
             t = block(t)
-        return self.out(self.norm(t[:, -1]))                                                     # (B, D)
+        return self.out(self.norm(t[:, -1]))                                              # (B, D)
 
 
 # ============================================================================================================
 # 7 U-Net
 # ============================================================================================================
 class UNetBlock(nn.Module):
-    """One residual block of either architecture, then self-attention if heads > 0 (EDM Table 7 and Appendix F.2).
+    """One residual block of either architecture, then self-attention if heads > 0 (EDM Table 7, App. F.2).
 
-    forward: x (B, C, H, W), embedding of noise level and condition (B, E) -> (B, C', H', W'), where H' is H, 2H ("up")
-    or H/2 ("down").
+    forward: x (B, C, H, W), embedding of noise level and condition (B, E) -> (B, C', H', W'), where H' is H,
+    2H ("up") or H/2 ("down").
     """
 
     def __init__(self, cin, cout, emb_dim, adm, heads=0, resample=None, dropout=0.0):
@@ -497,7 +505,7 @@ class UNetBlock(nn.Module):
         return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
 
     def forward(self, x, emb):
-        h = self.conv0(self.resized(F.silu(self.norm0(x))))                                      # (B, C', H', W')
+        h = self.conv0(self.resized(F.silu(self.norm0(x))))                               # (B, C', H', W')
         shift = self.affine(emb)[:, :, None, None]
         if self.adm:
             scale, shift = shift.chunk(2, dim=1)
@@ -509,7 +517,8 @@ class UNetBlock(nn.Module):
         x = ((x if self.skip is None else self.skip(x)) + h) * self.skip_scale
         if self.heads:
             B, C, H, W = x.shape
-            q, k, v = self.qkv(self.norm2(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(3, 4).unbind(1)
+            q, k, v = self.qkv(self.norm2(x)).reshape(
+                B, 3, self.heads, C // self.heads, H * W).transpose(3, 4).unbind(1)
             x = (x + self.proj(attend(q, k, v).transpose(2, 3).reshape(B, C, H, W))) * self.skip_scale
         return x
 
@@ -517,13 +526,13 @@ class UNetBlock(nn.Module):
 class UNet(nn.Module):
     """EDM's image networks: DDPM++ (Song et al. 2021) and ADM (Dhariwal and Nichol 2021), from one block.
 
-    forward: x (B, C, H, W) scaled by c_in, c_noise (B,), cond (B, K) = y ⊕ a, augmentation label (B, 9) -> (B, C, H, W).
-    The condition enters through one learned linear map, added to the embedding of the noise level.
-    The defaults of width, mults, blocks, attention are those of the 64×64 models of each architecture.
+    forward: x (B, C, H, W) scaled by c_in, c_noise (B,), cond (B, K) = y ⊕ a, augmentation label (B, 9) ->
+    (B, C, H, W). The condition enters through one learned linear map, added to the embedding of the noise
+    level. The defaults of width, mults, blocks, attention are those of the 64×64 models of each architecture.
     """
 
-    def __init__(self, resolution, channels=3, cond_dim=0, augment_dim=0, arch="ddpm++", width=None, mults=None,
-                 blocks=None, attention=None, head_dim=64, dropout=0.0):
+    def __init__(self, resolution, channels=3, cond_dim=0, augment_dim=0, arch="ddpm++", width=None,
+                 mults=None, blocks=None, attention=None, head_dim=64, dropout=0.0):
         super().__init__()
         assert arch in ("ddpm++", "adm"), arch
         self.adm = adm = arch == "adm"
@@ -531,12 +540,13 @@ class UNet(nn.Module):
         mults = mults or ((1, 2, 3, 4) if adm else (1, 2, 2, 2))
         blocks = blocks or (3 if adm else 4)
         attention = (32, 16, 8) if attention is None and adm else (16,) if attention is None else attention
-        assert resolution % 2 ** (len(mults) - 1) == 0, f"resolution {resolution} cannot be halved {len(mults) - 1} times"
+        assert resolution % 2 ** (len(mults) - 1) == 0, (
+            f"resolution {resolution} cannot be halved {len(mults) - 1} times")
         self.resolution, self.channels, self.width = resolution, channels, width
         self.cond_dim, self.augment_dim = cond_dim, augment_dim
         emb_dim = 4 * width
 
-        # The embedding of noise level, condition and augmentation. DDPM++ adds the condition before the MLP, ADM after.
+        # Embedding of noise level, augmentation and condition, which DDPM++ adds before the MLP, ADM after.
         self.map_augment = nn.Linear(augment_dim, width, bias=False) if augment_dim else None
         self.map_layer0, self.map_layer1 = nn.Linear(width, emb_dim), nn.Linear(emb_dim, emb_dim)
         self.map_cond = nn.Linear(cond_dim, emb_dim if adm else width, bias=not adm) if cond_dim else None
@@ -545,7 +555,7 @@ class UNet(nn.Module):
             heads = (cout // head_dim if adm else 1) if attended else 0
             return UNetBlock(cin, cout, emb_dim, adm, heads, resample, dropout)
 
-        # Encoder: every block's output is kept as a skip. DDPM++ attends in every encoder block of the level ...
+        # Encoder: every block's output is kept as a skip. DDPM++ attends in every encoder block ...
         self.enc, c = nn.ModuleList([nn.Conv2d(channels, width, 3, padding=1)]), width
         skips = [c]
         for level, mult in enumerate(mults):
@@ -556,7 +566,7 @@ class UNet(nn.Module):
                 self.enc.append(block(c, width * mult, resolution >> level in attention))
                 c = width * mult
                 skips.append(c)
-        # ... and in the last decoder block of it, ADM in all. `takes_skip` tells which decoder blocks take one.
+        # ... and in the level's last decoder block, ADM in all. `takes_skip`: which decoder blocks take one.
         self.dec, self.takes_skip = nn.ModuleList([block(c, c, True), block(c, c, False)]), [False, False]
         for level, mult in reversed(list(enumerate(mults))):
             if level < len(mults) - 1:
@@ -573,7 +583,7 @@ class UNet(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """EDM's `init` rules. ADM starts from U(±1/√fan_in) for weights and biases, which is PyTorch's own default."""
+        """EDM's `init` rules. ADM starts from PyTorch's own default: U(±1/√fan_in) for weights and biases."""
         if not self.adm:                              # DDPM++: Xavier-uniform weights, no bias
             for layer in self.modules():
                 if isinstance(layer, (nn.Linear, nn.Conv2d)):
@@ -596,32 +606,32 @@ class UNet(nn.Module):
     def embedding(self, c_noise, cond, augment):
         """(B,), (B, K), (B, 9) -> (B, 4·width)."""
         assert (cond is not None) == bool(self.cond_dim), f"the U-Net was built for cond_dim {self.cond_dim}"
-        emb = noise_features(c_noise, self.width, self.adm)                                      # (B, width)
+        emb = noise_features(c_noise, self.width, self.adm)                               # (B, width)
         if augment is not None:                       # absent means zeros, which a map without bias ignores
             emb = emb + self.map_augment(augment)
         if self.cond_dim and not self.adm:
             emb = emb + self.map_cond(cond * math.sqrt(self.cond_dim))
-        emb = self.map_layer1(F.silu(self.map_layer0(emb)))                                      # (B, 4·width)
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))                               # (B, 4·width)
         if self.cond_dim and self.adm:
             emb = emb + self.map_cond(cond)
         return F.silu(emb)
 
     def forward(self, x, c_noise, cond=None, augment=None):
         emb = self.embedding(c_noise, cond, augment)
-        skips = [x := self.enc[0](x)]                                                            # (B, width, H, W)
+        skips = [x := self.enc[0](x)]                                                     # (B, width, H, W)
         for block in self.enc[1:]:
             skips.append(x := block(x, emb))
         for block, takes_skip in zip(self.dec, self.takes_skip):
             x = block(torch.cat([x, skips.pop()], dim=1) if takes_skip else x, emb)
         assert not skips
-        return self.out_conv(F.silu(self.out_norm(x)))                                           # (B, C, H, W)
+        return self.out_conv(F.silu(self.out_norm(x)))                                    # (B, C, H, W)
 
 
 def from_edm_names(state):
-    """EDM's state dict -> a state dict of `UNet` (without the condition's map: give it one of your own if y is added).
+    """EDM's state dict -> one of `UNet`, without the condition's map: give it one of your own if y is added.
 
-    EDM names its blocks by resolution, in the order in which they run; here they are numbered. EDM interleaves
-    q, k and v: output channel (head, channel, {q,k,v}); here it is ({q,k,v}, head, channel).
+    EDM names its blocks by resolution, in the order in which they run; here they are numbered. EDM
+    interleaves q, k and v: output channel (head, channel, {q,k,v}); here it is ({q,k,v}, head, channel).
     """
     blocks, result = {"enc": {}, "dec": {}}, {}
     for name, tensor in state.items():
@@ -644,15 +654,16 @@ def from_edm_names(state):
 # ============================================================================================================
 # 8 Embeddings: e_i(x) -> y
 # ============================================================================================================
-# An embedder is a module with `.name`, `.dim` and forward: (B, 3, H, W) in [-1, 1] -> (B, dim), raw: not normalised.
-# sigma_data = 0.5 stays right as long as its elements have an rms of about 0.5.
+# An embedder is a module with `.name`, `.dim` and forward: (B, 3, H, W) in [-1, 1] -> (B, dim), raw: not
+# normalised. sigma_data = 0.5 stays right as long as its elements have an rms of about 0.5.
 
 
 class ClipEmbedder(nn.Module):
-    """The paper's e_i: OpenAI's CLIP ViT-B/32 by open_clip, frozen; (B, 3, H, W) in [-1, 1] -> (B, 512), rms about 0.44.
+    """The paper's e_i: OpenAI's CLIP ViT-B/32 by open_clip, frozen.
 
-    `weights`: "openai" (open_clip downloads them once, or has them in its cache) or the path of a weights file.
-    The embedding is not L2-normalised: a unit vector's elements, 0.044 in size, would drown in the noise of the prior.
+    forward: (B, 3, H, W) in [-1, 1] -> (B, 512), rms about 0.44. Not L2-normalised: the elements of a unit
+    vector, 0.044 in size, would drown in the noise of the prior. `weights`: "openai" (open_clip downloads
+    them once, or has them in its cache) or the path of a weights file.
     """
     name = "clip"
 
@@ -661,12 +672,15 @@ class ClipEmbedder(nn.Module):
         import open_clip                              # seconds to import: only those who use it pay
         if weights != "openai" and not Path(weights).is_file():
             raise UserError(f"--clip-weights {weights}: there is no such file")
-        try:                                          # plain ViT-B-32 has another activation than these weights
-            self.model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=weights, require_pretrained=True)
+        try:                                          # plain ViT-B-32 lacks these weights' activation
+            self.model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=weights,
+                                                require_pretrained=True)
         except Exception as error:                    # whatever a hub, a network or a damaged file raises
-            remedy = ("check the file" if weights != "openai" else "connect once so that open_clip can download them, "
-                      "or download ViT-B-32.pt elsewhere and give --clip-weights FILE; --embedder pixels needs none")
-            raise UserError(f"CLIP's weights '{weights}' cannot be loaded ({type(error).__name__}): {remedy}") from None
+            remedy = ("check the file" if weights != "openai" else
+                      "connect once so that open_clip can download them, or download ViT-B-32.pt elsewhere "
+                      "and give --clip-weights FILE; --embedder pixels needs none")
+            raise UserError(f"CLIP's weights '{weights}' cannot be loaded ({type(error).__name__}): "
+                            f"{remedy}") from None
         self.model.eval().requires_grad_(False)
         self.dim = 512
         self.register_buffer("mean", torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None], False)
@@ -684,12 +698,13 @@ class ClipEmbedder(nn.Module):
 
 
 class SmallClip(nn.Module):
-    """The CLIP of the embedded world: a convolutional image tower, a word-by-word text tower, contrastive training.
+    """The embedded world's CLIP: convolutional image tower, word-by-word text tower, contrastive training.
 
-    forward: (B, 3, H, W) in [-1, 1] -> (B, dim), raw, then divided by the rms measured after training times 2.
+    forward: (B, 3, H, W) in [-1, 1] -> (B, dim), raw, then divided by twice the rms measured after training.
     """
     name = "shapes"
-    words = ["", "on", "a", "an", "background", *COUNTS, *COLOURS, *SHAPES, *(s + "s" for s in SHAPES), "crosses"]
+    words = ["", "on", "a", "an", "background", *COUNTS, *COLOURS, *SHAPES, *(s + "s" for s in SHAPES),
+             "crosses"]
 
     def __init__(self, dim=64, width=32):
         super().__init__()
@@ -717,32 +732,34 @@ class SmallClip(nn.Module):
             words = text.lower().split()
             unknown = [w for w in words if w not in self.words]
             if unknown or len(words) > 7:
-                raise UserError(f"the caption {text!r} is not of this world" + (f" (unknown: {unknown[0]})" if unknown
-                                else "") + ': write one like "three red stars on a blue background"')
+                raise UserError(f"the caption {text!r} is not of this world"
+                                + (f" (unknown: {unknown[0]})" if unknown else "")
+                                + ': write one like "three red stars on a blue background"')
             rows.append([self.words.index(w) for w in words] + [0] * (7 - len(words)))
         return self.text(self.embed(torch.tensor(rows, device=self.scale.device)))
 
     def loss(self, images, texts):
-        """CLIP's symmetric contrastive loss (Radford et al. 2021, Fig. 3): (B, 3, H, W), B captions -> (B,)."""
+        """CLIP's symmetric loss (Radford et al. 2021, Fig. 3): (B, 3, H, W), B captions -> (B,)."""
         y, t = F.normalize(self(images), dim=1), F.normalize(self.encode_text(texts), dim=1)
-        logits, target = y @ t.T * self.log_temperature.exp().clip(max=100), torch.arange(len(y), device=y.device)
+        logits, target = (y @ t.T * self.log_temperature.exp().clip(max=100),
+                          torch.arange(len(y), device=y.device))
         pairs = [F.cross_entropy(table, target, reduction="none") for table in (logits, logits.T)]
         return (pairs[0] + pairs[1]) / 2
 
 
 class PCA:
-    """Principal components of y (N, D): transform(y) (B, D) -> (B, dims), centred, not whitened; dims <= D."""
+    """Principal components of y (N, D). transform: (B, D) -> (B, dims), dims <= D; centred, not whitened."""
 
     def __init__(self, y, dims):
         y = torch.as_tensor(y).double()
         assert 0 < dims <= y.shape[1], (dims, y.shape)
         self.mean = y.mean(0)
         centred = y - self.mean
-        if len(y) < y.shape[1]:                       # few examples: the covariance would be large and singular
+        if len(y) < y.shape[1]:                       # few examples: the covariance is large and singular
             basis = F.pad(torch.linalg.svd(centred, full_matrices=False).Vh.T, (0, y.shape[1] - len(y)))
         else:
             basis = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
-        self.basis = basis[:, :dims]                                                       # (D, dims), largest first
+        self.basis = basis[:, :dims]                                              # (D, dims), largest first
         self.variance = (centred @ self.basis).square().mean(0)
 
     def transform(self, y):
@@ -750,9 +767,9 @@ class PCA:
 
 
 class PixelEmbedder(nn.Module):
-    """An embedder for any data without any weights: the first components of the pixels, honest about what it is.
+    """An embedder for any data, without weights: the first principal components of the pixels.
 
-    It knows layout and colour and nothing of meaning. Scaled as a whole to rms 0.5; at most 32×32 pixels are looked at.
+    It knows layout and colour, nothing of meaning. Scaled as a whole to rms 0.5; sees at most 32×32 pixels.
     """
     name = "pixels"
 
@@ -769,7 +786,8 @@ class PixelEmbedder(nn.Module):
     def fit(self, images, limit=20_000):
         """Fits the components to a data set (at most `limit` of its images, evenly spread)."""
         rows = np.linspace(0, len(images) - 1, min(len(images), limit)).astype(int)
-        pixels = torch.cat([self.pixels(images.batch(part)) for part in np.array_split(rows, -(-len(rows) // 500))])
+        pixels = torch.cat([self.pixels(images.batch(part))
+                            for part in np.array_split(rows, -(-len(rows) // 500))])
         if len(pixels) < 2:
             raise UserError("a data set of one image has no components: add images")
         pca = PCA(pixels, self.dim)
@@ -790,32 +808,35 @@ def fingerprint(module):
 
 
 def pack_embedder(embedder):
-    """What a checkpoint keeps of its embedder: name, dim, fingerprint, and its weights unless it is the public CLIP."""
+    """What a checkpoint keeps of its embedder: name, dim, fingerprint, weights (not the public CLIP's)."""
     state = {} if embedder.name == "clip" else {k: v.cpu() for k, v in embedder.state_dict().items()}
     return dict(name=embedder.name, dim=embedder.dim, fingerprint=fingerprint(embedder), state=state)
 
 
 def unpack_embedder(packed, resolution, clip_weights="openai"):
-    """The embedder of a checkpoint, in eval mode. Raises UserError if CLIP's weights are not those it was trained with."""
+    """A checkpoint's embedder, in eval mode. Raises UserError if CLIP's weights are not those of its run."""
     if packed["name"] == "clip":
         embedder = ClipEmbedder(clip_weights)
         if fingerprint(embedder) != packed["fingerprint"]:
             raise UserError("CLIP's weights are not those of this run: give its own with --clip-weights FILE")
         return embedder
-    embedder = SmallClip(packed["dim"]) if packed["name"] == "shapes" else PixelEmbedder(resolution, packed["dim"])
+    embedder = (SmallClip(packed["dim"]) if packed["name"] == "shapes" else
+                PixelEmbedder(resolution, packed["dim"]))
     embedder.load_state_dict(packed["state"])
     return embedder.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def embedding_bank(images, embedder, folder, augment=None, views=1, seed=0, device="cpu", batch=256):
-    """The embeddings of a data set, computed once: a memory map (views, N, D + 9) float32 of [y, augmentation label].
+    """A data set's embeddings: a memory map (views, N, D + 9) float32 of [y, augmentation label].
 
-    The prior is tiny and CLIP is not: trained from this bank, it never waits for CLIP. View v of image i is an
-    augmentation of its own; without augmentation there is one view. An interrupted computation goes on where it was.
+    Computed once: the prior is tiny and CLIP is not, and trained from this bank it never waits for CLIP.
+    View v of image i is an augmentation of its own; without augmentation there is one view. An interrupted
+    computation goes on where it was.
     """
     views, width = views if augment else 1, embedder.dim + 9
-    key = f"{fingerprint(embedder)}-{images.fingerprint}" + (f"-p{augment.p:g}-s{seed}-v{views}" if augment else "")
+    key = f"{fingerprint(embedder)}-{images.fingerprint}" + (
+        f"-p{augment.p:g}-s{seed}-v{views}" if augment else "")
     path, N = Path(folder) / f"bank-{key}.f32", len(images)
     part = path.with_suffix(".part")
     total, row = views * N, 4 * width
@@ -823,7 +844,8 @@ def embedding_bank(images, embedder, folder, augment=None, views=1, seed=0, devi
         if not path.exists():
             Path(folder).mkdir(parents=True, exist_ok=True)
             done = part.stat().st_size // (row * batch) * batch if part.exists() else 0
-            with open(part, "ab") as file, tqdm(total=total, initial=done, desc="embeddings", unit=" images") as bar:
+            with open(part, "ab") as file, tqdm(
+                    total=total, initial=done, desc="embeddings", unit=" images") as bar:
                 file.truncate(done * row)
                 for start in range(done, total, batch):
                     rows = np.arange(start, min(start + batch, total))
@@ -843,15 +865,15 @@ def embedding_bank(images, embedder, folder, augment=None, views=1, seed=0, devi
 def uniform(seed, index, slots):
     """(N,) int64 -> (N, slots) float32 in [0, 1), a function of (seed, index, slot) alone.
 
-    A counter-based generator: the finaliser of SplitMix64 (Steele, Lea and Flood 2014) over the three numbers.
+    A counter-based generator: SplitMix64's finaliser (Steele, Lea and Flood 2014) over the three numbers.
     """
     def mix(z):
-        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):      # as signed 64-bit numbers
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):      # signed 64-bit
             z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor
         return z ^ (z >> 31 & (1 << 33) - 1)
 
     z = mix(mix(torch.tensor([seed], dtype=torch.int64)) + index)[:, None] + torch.arange(slots)
-    return (mix(mix(z) + torch.arange(slots)) >> 40 & (1 << 24) - 1).float() / 2**24                   # (N, slots)
+    return (mix(mix(z) + torch.arange(slots)) >> 40 & (1 << 24) - 1).float() / 2**24      # (N, slots)
 
 
 def hsv_to_rgb(hue, saturation, value):
@@ -861,7 +883,7 @@ def hsv_to_rgb(hue, saturation, value):
 
 
 def signed_distance(shape, x, y):
-    """Signed distance (negative inside) of points (x, y), each (...), to a shape of circumradius 1 at the origin."""
+    """Signed distance (negative inside) of points (x, y), each (...), to a shape of circumradius 1 at 0."""
     r = (x**2 + y**2).sqrt()
     if shape == "circle":
         return r - 0.9
@@ -882,28 +904,29 @@ def signed_distance(shape, x, y):
 
 
 def shapes_attributes(index, seed=0):
-    """(N,) -> dict of (N,) int64: what image i shows. The colour of the background always differs from the objects'."""
+    """(N,) -> dict of (N,) int64: what image i shows. Background and objects always differ in colour."""
     u = uniform(seed, index, 4)
     shape, colour, other, count = ((u[:, i] * n).long() for i, n in enumerate((6, 8, 7, 4)))
     return dict(shape=shape, colour=colour, background=(colour + 1 + other) % 8, count=count)
 
 
 def shapes_images(index, resolution, seed=0):
-    """The world's images: (N,) int64 -> (N, H, W, 3) uint8; image i is a function of (seed, i) and the resolution alone.
+    """(N,) int64 -> (N, H, W, 3) uint8: image i is a function of (seed, i) and the resolution alone.
 
-    One to four objects of one shape and one colour on a background of another: which shape, which colours and how many
-    are decided once for the whole image; each object's place, size, rotation and shade vary freely.
+    One to four objects of one shape and one colour on a background of another: which shape, which colours and
+    how many are decided once for the whole image; each object's place, size, rotation and shade vary freely.
     """
     a, u = shapes_attributes(index, seed), uniform(seed + 1, index, 40)
     hues = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
-    axis = (torch.arange(resolution) + 0.5) / resolution * 2 - 1                                   # pixel centres
-    y, x = torch.meshgrid(axis, axis, indexing="ij")                                               # (H, W)
+    axis = (torch.arange(resolution) + 0.5) / resolution * 2 - 1                          # pixel centres
+    y, x = torch.meshgrid(axis, axis, indexing="ij")                                      # (H, W)
     tilt = 2 * math.pi * u[:, 0, None, None]
-    light = 0.42 + 0.1 * u[:, 1, None, None] + 0.14 * (x * tilt.cos() + y * tilt.sin())            # (N, H, W)
+    light = 0.42 + 0.1 * u[:, 1, None, None] + 0.14 * (x * tilt.cos() + y * tilt.sin())   # (N, H, W)
     saturation = (0.5 + 0.15 * u[:, 2, None, None]).expand_as(light)
-    image = hsv_to_rgb(hues[a["background"]][:, None, None].expand_as(light), saturation, light)   # (N, H, W, 3)
+    image = hsv_to_rgb(
+        hues[a["background"]][:, None, None].expand_as(light), saturation, light)         # (N, H, W, 3)
 
-    # Objects sit in different quadrants, so that they can be counted: a random cyclic or anti-cyclic order of the four.
+    # To be countable, objects sit in different quadrants, in a random cyclic or anti-cyclic order.
     start, turn = (u[:, 3] * 4).long(), 2 * (u[:, 4] < 0.5).long() - 1
     for j in range(4):
         v = u[:, 8 + 8 * j:16 + 8 * j, None, None]
@@ -929,13 +952,14 @@ def shapes_captions(index, seed=0):
     for shape, colour, background, count in zip(*(a[name].tolist() for name in ATTRIBUTES)):
         noun = SHAPES[shape] + ("" if count == 0 else "es" if SHAPES[shape] == "cross" else "s")
         article = "an" if colours[background] == "orange" else "a"
-        captions.append(f"{COUNTS[count]} {colours[colour]} {noun} on {article} {colours[background]} background")
+        captions.append(f"{COUNTS[count]} {colours[colour]} {noun} "
+                        f"on {article} {colours[background]} background")
     return captions
 
 
 @dataclass
 class Images:
-    """A data set: pixels (N, H, W, 3) uint8, in memory or mapped from disk; labels (N,) int64 or None; class names."""
+    """A data set: pixels (N, H, W, 3) uint8, in memory or mapped; labels (N,) int64 or None; class names."""
     pixels: np.ndarray
     labels: np.ndarray | None = None
     classes: list = field(default_factory=list)
@@ -956,14 +980,16 @@ class Images:
 
 def shapes_world(index, resolution, seed=0):
     """Images (N,) of the embedded world as a data set; the class is the shape."""
-    bar = tqdm(total=len(index), desc="drawing shapes", unit=" images", disable=len(index) * resolution**2 < 1e7)
+    bar = tqdm(total=len(index), desc="drawing shapes", unit=" images",
+               disable=len(index) * resolution**2 < 1e7)
     pixels = np.empty((len(index), resolution, resolution, 3), np.uint8)
     for start in range(0, len(index), 500):
         pixels[start:start + 500] = shapes_images(index[start:start + 500], resolution, seed).numpy()
         bar.update(500)
     bar.close()
     labels = shapes_attributes(index, seed)["shape"].numpy()
-    return Images(pixels, labels, list(SHAPES), dict(sha256=hashlib.sha256(pixels).hexdigest(), source="shapes"))
+    return Images(pixels, labels, list(SHAPES),
+                  dict(sha256=hashlib.sha256(pixels).hexdigest(), source="shapes"))
 
 
 def load_images(config):
@@ -972,11 +998,12 @@ def load_images(config):
         return shapes_world(torch.arange(config.size), config.resolution, config.seed)
     if not config.data:
         raise UserError(f"--dataset {config.dataset} needs its images: add --data FOLDER_OR_ZIP")
-    return prepare_images(config.data, config.resolution, Path(config.runs) / config.dataset / "data", config.skip_bad)
+    return prepare_images(config.data, config.resolution, Path(config.runs) / config.dataset / "data",
+                          config.skip_bad)
 
 
 class Order:
-    """An endless shuffled order of N examples: position p shows permutation (p div N) of the seed at (p mod N)."""
+    """An endless shuffling of N examples: position p shows permutation (p div N) of the seed at (p mod N)."""
 
     def __init__(self, size, seed):
         self.size, self.seed, self.epoch, self.rows = size, seed, -1, None
@@ -1213,7 +1240,8 @@ def prepare_images(source, resolution, cache, skip_bad=False, workers=None):
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with locked(cache / "lock"):              # another process may have prepared it while we waited
-                info = read_cache(cache, key) or write_cache(source, entries, labels, recipe, key, cache, workers)
+                info = read_cache(cache, key) or write_cache(
+                    source, entries, labels, recipe, key, cache, workers)
         except OSError as error:
             raise UserError(f"cannot write to {cache} ({error.strerror or error}): free some space or choose "
                             f"another folder; what is done is kept") from error
@@ -1431,7 +1459,8 @@ def user_errors(what):
     try:
         yield
     except OSError as error:
-        raise UserError(f"{what} ({error.strerror or error}): choose another place or free some space") from None
+        raise UserError(f"{what} ({error.strerror or error}): "
+                        f"choose another place or free some space") from None
 
 
 def pick_device(name):
@@ -1448,8 +1477,8 @@ def pick_device(name):
 class EMA:
     """Moving average of a network's weights, from which all samples come (EDM, Appendix F.2).
 
-    beta = 0.5^(batch / max(min(half_life, ramp · images seen), 1e-8)): the half-life grows with the run, so that early
-    weights are forgotten early.
+    beta = 0.5^(batch / max(min(half_life, ramp · images seen), 1e-8)): the half-life grows with the run, so
+    that early weights are forgotten early.
     """
 
     def __init__(self, net, half_life, ramp=0.05):
@@ -1470,7 +1499,7 @@ FORMAT = "twosdm 1"
 
 
 def save_checkpoint(path, **content):
-    """Writes plain tensors, numbers, strings and dicts, whole or not at all: an older file survives any failure."""
+    """Writes tensors, numbers, strings and dicts, whole or not at all: an older file survives any failure."""
     path = Path(path)
     fresh = path.with_name(path.name + ".new")
     try:
@@ -1484,25 +1513,26 @@ def save_checkpoint(path, **content):
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:100]
-        raise UserError(f"{path} cannot be written ({reason}): free some space or choose another folder with --runs; "
-                        f"what was saved before is untouched") from None
+        raise UserError(f"{path} cannot be written ({reason}): free some space or choose another folder with "
+                        f"--runs; what was saved before is untouched") from None
 
 
 def load_checkpoint(path, **expected):
-    """Reads a checkpoint without running anything in it. `expected`: what its top entries must be, such as stage="prior"."""
+    """Reads a checkpoint without running anything in it. `expected`: top entries, such as stage="prior"."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist: train it first (python train.py --help)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                        # zip, pickle, storage: damaged files fail in many ways
-        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): delete it and train again, or "
-                        f"give another file") from None
+        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): "
+                        f"delete it and train again, or give another file") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this program: give one that train.py wrote")
     for key, value in expected.items():
         if content[key] != value:
-            raise UserError(f"{path} is a checkpoint of {key} '{content[key]}', not '{value}': give another file")
+            raise UserError(f"{path} is a checkpoint of {key} '{content[key]}', not '{value}': "
+                            f"give another file")
     return content
 
 
@@ -1510,7 +1540,7 @@ NETWORKS = dict(prior=PriorTransformer, unet=UNet)
 
 
 def build_denoiser(recipe):
-    """A checkpoint's `model` entry, dict(net="prior" | "unet", settings, predict, sigma_data), -> an untrained Denoiser."""
+    """A checkpoint's `model`: dict(net="prior" | "unet", settings, predict, sigma_data) -> new Denoiser."""
     net = NETWORKS[recipe["net"]](**recipe["settings"])
     return Denoiser(net, recipe["sigma_data"], recipe["predict"])
 
@@ -1520,11 +1550,12 @@ def load_denoiser(checkpoint, device="cpu"):
     denoiser = build_denoiser(checkpoint["model"])
     denoiser.load_state_dict(checkpoint["ema"])
     denoiser = denoiser.to(device).eval().requires_grad_(False)
-    return denoiser.to(memory_format=torch.channels_last) if checkpoint["model"]["net"] == "unet" else denoiser
+    return (denoiser.to(memory_format=torch.channels_last) if checkpoint["model"]["net"] == "unet" else
+            denoiser)
 
 
 def image_grid(pixels, columns):
-    """(N, H, W, 3) uint8 -> one picture (rows·(H+1)+1, columns·(W+1)+1, 3) on a white ground, one pixel apart."""
+    """(N, H, W, 3) uint8 -> one picture (rows·(H+1)+1, columns·(W+1)+1, 3) on white, one pixel apart."""
     N, H, W, _ = pixels.shape
     rows = -(-N // columns)
     sheet = np.full((rows * (H + 1) + 1, columns * (W + 1) + 1, 3), 255, np.uint8)
@@ -1535,7 +1566,7 @@ def image_grid(pixels, columns):
 
 
 def save_picture(path, pixels, least=0):
-    """(H, W, 3) uint8 -> a PNG, whole or not at all; magnified by a whole factor until it is `least` pixels wide."""
+    """(H, W, 3) uint8 -> a PNG, whole or not at all; magnified by a whole factor to `least` pixels' width."""
     from PIL import Image
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     factor = max(1, -(-least // picture.width))
@@ -1547,7 +1578,7 @@ def save_picture(path, pixels, least=0):
 
 
 def run(main):
-    """Runs a script's main; a mistake of the user's ends in one sentence and exit code 1 instead of a traceback."""
+    """Runs a script's main; a mistake of the user's ends in one sentence and exit code 1, no traceback."""
     try:
         sys.exit(main())
     except UserError as error:

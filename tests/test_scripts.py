@@ -1,4 +1,4 @@
-"""The scripts as a user runs them, on tiny settings: training, resuming, sampling, evaluating, and bad input."""
+"""The scripts as a user runs them, on tiny settings: training, resuming, sampling, evaluating, bad input."""
 import json
 import os
 import shutil
@@ -20,8 +20,9 @@ import train
 import twosdm
 
 ROOT = Path(train.__file__).parent
-TINY = ("--size 64 --resolution 8 --batch 8 --images 48 --lr-ramp 16 --log 16 --save 16 --preview 48 --steps 2 "
-        "--prior-width 16 --prior-depth 1 --prior-heads 2 --width 8 --mults 1,2 --blocks 1 --attention 4").split()
+TINY = ("--size 64 --resolution 8 --batch 8 --images 48 --lr-ramp 16 --log 16 --save 16 --preview 48 "
+        "--steps 2 --prior-width 16 --prior-depth 1 --prior-heads 2 --width 8 --mults 1,2 --blocks 1 "
+        "--attention 4").split()
 
 
 def script(name, *args, cwd, **environment):
@@ -94,7 +95,8 @@ def test_training_leaves_checkpoints_logs_and_pictures_and_says_when_all_is_done
         assert checkpoint["seen"] == 48
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         assert [line["images"] for line in lines] == [16, 32, 48]
-        assert all(line["nonfinite"] == 0 and line["loss"] > 0 and line["gradient_norm"] > 0 for line in lines)
+        assert all(line["nonfinite"] == 0 and line["loss"] > 0 and line["gradient_norm"] > 0
+                   for line in lines)
     for stage in ("image", "baseline"):
         assert (trained / "runs" / "shapes" / stage / "samples-000000048.png").exists()
     code, out, err = call(train, *TINY, cwd=trained)
@@ -120,8 +122,8 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(trained, call, tmp_pa
     shutil.rmtree(tmp_path / "runs" / "shapes" / "baseline")
     command = [sys.executable, ROOT / "train.py", *TINY, "--stage", "baseline", "--images", "4000"]
     log = tmp_path / "runs" / "shapes" / "baseline" / "log.jsonl"
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                               env=dict(os.environ, OMP_NUM_THREADS="1"))
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     deadline = time.time() + 60
     while not (log.exists() and log.read_text().count("\n") > 3) and time.time() < deadline:
         time.sleep(0.02)
@@ -131,7 +133,8 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(trained, call, tmp_pa
     seen = twosdm.load_checkpoint(path)["seen"]
     assert 0 < seen < 4000
     if kind != signal.SIGKILL:
-        assert process.returncode == 130 and "the same command goes on from there" in err and "Traceback" not in err
+        assert (process.returncode == 130 and "the same command goes on from there" in err
+                and "Traceback" not in err)
     total = seen + 16
     assert call(train, *TINY, "--stage", "baseline", "--images", total, cwd=tmp_path)[0] == 0
     images = [json.loads(line)["images"] for line in log.read_text().splitlines()]
@@ -145,7 +148,8 @@ def test_accumulation_has_the_loss_of_the_whole_batch(trained, call, tmp_path):
     shutil.copytree(trained / "runs", tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs" / "shapes" / "image")
     assert call(train, *TINY, "--stage", "image", "--batch-gpu", 3, cwd=tmp_path)[0] == 0
-    logs = [[json.loads(line)["loss"] for line in (folder / "runs/shapes/image/log.jsonl").read_text().splitlines()]
+    logs = [[json.loads(line)["loss"]
+             for line in (folder / "runs/shapes/image/log.jsonl").read_text().splitlines()]
             for folder in (trained, tmp_path)]
     assert np.allclose(*logs, rtol=1e-4)
 
@@ -175,9 +179,10 @@ def test_samples_are_images_a_grid_and_an_array_and_the_same_for_every_batch(tra
         for i in range(5):
             assert np.array_equal(np.asarray(Image.open(out / f"{i:06d}.png")), array[i])
     again = tmp_path / "again"
-    assert call(sample, "--n", 3, "--seed", 2, "--batch", 1, "--runs", trained / "runs", "--out", again, "--npz",
-                cwd=tmp_path)[0] == 0
-    difference = np.load(again / "samples.npz")["arr_0"].astype(int) - np.load(tmp_path / "2sdm/samples.npz")["arr_0"][2:]
+    assert call(sample, "--n", 3, "--seed", 2, "--batch", 1, "--runs", trained / "runs", "--out", again,
+                "--npz", cwd=tmp_path)[0] == 0
+    difference = (np.load(again / "samples.npz")["arr_0"].astype(int)
+                  - np.load(tmp_path / "2sdm/samples.npz")["arr_0"][2:])
     assert np.abs(difference).max() <= 1
 
 
@@ -201,7 +206,8 @@ def test_evaluation_prints_a_table_and_writes_its_protocol(trained, call, tmp_pa
     assert code == 0, err
     lines = out.splitlines()
     assert "not comparable with Inception" in lines[0] and "20 samples against 64" in lines[0]
-    assert [line.split()[0] for line in lines[2:5]] == ["2sdm", "oracle", "edm"] and "Warning: 20 samples" in err
+    assert ([line.split()[0] for line in lines[2:5]] == ["2sdm", "oracle", "edm"]
+            and "Warning: 20 samples" in err)
     record = json.loads((trained / "runs" / "shapes" / "evaluation.json").read_text())
     assert record["protocol"]["n_generated"] == 20 and record["protocol"]["n_real"] == 64
     for values in record["results"].values():
@@ -215,7 +221,8 @@ def test_the_worlds_classifier_tells_the_attributes(tmp_path):
     net = evaluate.WorldFeatures.fit(16, "cpu", size=3000, epochs=2)
     index = torch.arange(500)
     out = net(twosdm.shapes_images(index, 16).permute(0, 3, 1, 2))
-    assert out["pool"].shape == (500, 64) and out["spatial"].shape == (500, 448) and out["logits"].shape == (500, 1536)
+    assert (out["pool"].shape == (500, 64) and out["spatial"].shape == (500, 448)
+            and out["logits"].shape == (500, 1536))
     assert (out["logits"].exp().sum(1) - 1).abs().max() < 1e-4
     with torch.no_grad():
         for logits, (name, kinds) in zip(net.heads(out["pool"]), twosdm.ATTRIBUTES.items()):
@@ -235,8 +242,8 @@ def photographs(folder, count=12, classes=0):
 
 def test_any_folder_trains_and_samples_with_classes_and_augmentation(call, tmp_path):
     photographs(tmp_path / "pictures", classes=2)
-    tiny = [*TINY, "--dataset", "folder", "--data", tmp_path / "pictures", "--embedder", "pixels", "--a", "class",
-            "--views", 2]
+    tiny = [*TINY, "--dataset", "folder", "--data", tmp_path / "pictures", "--embedder", "pixels",
+            "--a", "class", "--views", 2]
     for stage in ("prior", "image", "baseline"):
         code, out, err = call(train, *tiny, "--stage", stage, cwd=tmp_path)
         assert code == 0, err
@@ -244,17 +251,19 @@ def test_any_folder_trains_and_samples_with_classes_and_augmentation(call, tmp_p
         code, out, err = call(sample, "--n", 3, "--method", method, "--class", 1, cwd=tmp_path)
         assert code == 0 and Image.open(out.strip()), err
     refused(call(sample, "--n", 3, "--class", 2, cwd=tmp_path), "the classes are 0 to 1")
-    refused(call(train, *tiny, "--stage", "prior", "--images", 96, "--data", tmp_path / "none", cwd=tmp_path), "none")
+    refused(call(train, *tiny, "--stage", "prior", "--images", 96, "--data", tmp_path / "none",
+                 cwd=tmp_path), "none")
     photographs(tmp_path / "others", count=7, classes=2)
-    refused(call(train, *tiny, "--stage", "image", "--images", 96, "--data", tmp_path / "others", cwd=tmp_path),
-            "trained with other images")
+    refused(call(train, *tiny, "--stage", "image", "--images", 96, "--data", tmp_path / "others",
+                 cwd=tmp_path), "trained with other images")
 
 
 def test_another_embedder_is_refused(trained, call, tmp_path):
     shutil.copytree(trained / "runs", tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs/shapes/embedder")
     assert call(train, *TINY, "--stage", "embedder", "--images", 56, cwd=tmp_path)[0] == 0
-    refused(call(train, *TINY, "--stage", "image", "--images", 96, cwd=tmp_path), "trained with other embedder")
+    refused(call(train, *TINY, "--stage", "image", "--images", 96, cwd=tmp_path),
+            "trained with other embedder")
     shutil.rmtree(tmp_path / "runs/shapes/image")
     assert call(train, *TINY, "--stage", "image", cwd=tmp_path)[0] == 0
     refused(call(sample, "--n", 1, cwd=tmp_path), "different images or embeddings")
@@ -273,12 +282,13 @@ def test_bad_input_gets_one_sentence(trained, call, tmp_path):
     refused(call(train, "--images", "many", cwd=tmp_path), "--images")
     refused(call(train, "--device", "abacus", *TINY, cwd=tmp_path), "--device abacus")
     runs = ["--runs", trained / "runs"]
-    for flag, value in (("--steps", 1), ("--steps", 0), ("--n", 0), ("--n", -3), ("--batch", 0), ("--churn", -1),
-                        ("--churn", "nan"), ("--seed", -1), ("--s-noise", "inf")):
+    for flag, value in (("--steps", 1), ("--steps", 0), ("--n", 0), ("--n", -3), ("--batch", 0),
+                        ("--churn", -1), ("--churn", "nan"), ("--seed", -1), ("--s-noise", "inf")):
         refused(call(sample, *runs, flag, value, cwd=tmp_path), flag)
     refused(call(sample, *runs, "--class", 0, cwd=tmp_path), "without classes")
     refused(call(evaluate, *runs, "--metrics", "fdi", cwd=tmp_path), "fdi")
-    refused(call(sample, *runs, "--image", trained / "runs/shapes/prior/checkpoint.pt", cwd=tmp_path), "'prior'")
+    refused(call(sample, *runs, "--image", trained / "runs/shapes/prior/checkpoint.pt",
+                 cwd=tmp_path), "'prior'")
     refused(call(train, *TINY, *runs, "--stage", "image", "--width", 16, cwd=tmp_path), "--width 8, not 16")
     broken = tmp_path / "broken.pt"
     broken.write_bytes((trained / "runs/shapes/image/checkpoint.pt").read_bytes()[:5000])
@@ -308,7 +318,8 @@ def test_a_full_disk_ends_in_one_sentence_and_loses_nothing(trained, tmp_path):
     shutil.copytree(trained / "runs", tmp_path / "runs")
     path = tmp_path / "runs/shapes/image/checkpoint.pt"
     before = path.read_bytes()
-    limited = f"ulimit -f 20; exec '{sys.executable}' '{ROOT / 'train.py'}' {' '.join(TINY)} --stage image --images 96"
+    limited = (f"ulimit -f 20; exec '{sys.executable}' '{ROOT / 'train.py'}' "
+               f"{' '.join(TINY)} --stage image --images 96")
     done = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "cannot be written" in done.stderr.splitlines()[-1]

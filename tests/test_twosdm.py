@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 
 import twosdm
-from twosdm import Denoiser, PriorTransformer, SampleNoise, Sampler, UNet, UserError, heun_sample, sigma_schedule
+from twosdm import (Denoiser, PriorTransformer, SampleNoise, Sampler, UNet, UserError, heun_sample,
+                    sigma_schedule)
 
 HERE = Path(__file__).parent
 
@@ -84,7 +85,8 @@ def test_the_schedule_is_edms():
 
 def gaussian(mean, std):
     """The exact denoiser of N(mean, std²)."""
-    return lambda x, sigma: (std**2 * x + twosdm.like(sigma, x)**2 * mean) / (std**2 + twosdm.like(sigma, x)**2)
+    return lambda x, sigma: ((std**2 * x + twosdm.like(sigma, x)**2 * mean)
+                             / (std**2 + twosdm.like(sigma, x)**2))
 
 
 def test_heun_solves_the_gaussian_ode_with_second_order():
@@ -92,7 +94,8 @@ def test_heun_solves_the_gaussian_ode_with_second_order():
     noise, errors = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), []
     exact = 1 + (80 * noise - 1) * 0.5 / math.sqrt(0.25 + 6400)
     for steps in (64, 128, 256):
-        errors.append((heun_sample(gaussian(1.0, 0.5), noise, sigma_schedule(steps)) - exact).abs().max().item())
+        errors.append(
+            (heun_sample(gaussian(1.0, 0.5), noise, sigma_schedule(steps)) - exact).abs().max().item())
     assert errors[-1] < 1e-3
     assert all(3 < a / b < 5 for a, b in zip(errors, errors[1:])), errors
 
@@ -105,7 +108,7 @@ def test_churn_keeps_the_law_of_the_samples():
 
 
 def test_an_ideal_denoiser_samples_the_data_set_itself():
-    """For finite data D(x; sigma) is a softmax average of the data points: every sample ends on one of them."""
+    """For finite data D(x; sigma) is a softmax average of the data: every sample ends on a data point."""
     data = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def ideal(x, sigma):
@@ -118,13 +121,15 @@ def test_an_ideal_denoiser_samples_the_data_set_itself():
 
 def test_heun_makes_2n_minus_1_evaluations_and_ends_on_an_euler_step():
     calls = []
-    heun_sample(lambda x, s: calls.append(s[0].item()) or x * 0, torch.ones(2, 1), sigma_schedule(10), s_churn=0)
+    heun_sample(lambda x, s: calls.append(s[0].item()) or x * 0, torch.ones(2, 1), sigma_schedule(10),
+                s_churn=0)
     assert len(calls) == 19 and abs(calls[-1] - 0.002) < 1e-9 and min(calls) > 0
 
 
 def test_churn_is_saturated_at_root_two_minus_one():
     seen = []
-    heun_sample(lambda x, s: seen.append(s[0].item()) or x * 0, torch.ones(1, 1), sigma_schedule(40), s_churn=50)
+    heun_sample(lambda x, s: seen.append(s[0].item()) or x * 0, torch.ones(1, 1), sigma_schedule(40),
+                s_churn=50)
     assert abs(seen[0] - 80 * math.sqrt(2)) < 1e-6
 
 
@@ -228,24 +233,28 @@ def test_the_prior_predicts_from_every_token():
     prior = PriorTransformer(6, cond_dim=3, augment_dim=9, width=16, depth=2, heads=2).eval()
     for p in prior.parameters():
         nn.init.normal_(p, std=0.3)
-    args = dict(y=torch.randn(2, 6), c_noise=torch.randn(2), cond=torch.randn(2, 3), augment=torch.randn(2, 9))
+    args = dict(y=torch.randn(2, 6), c_noise=torch.randn(2), cond=torch.randn(2, 3),
+                augment=torch.randn(2, 9))
     out = prior(**args)
     for name, value in args.items():
         assert not torch.allclose(prior(**(args | {name: value + 1})), out), name
-    assert torch.equal(prior(**(args | dict(augment=None))), prior(**(args | dict(augment=torch.zeros(2, 9)))))
+    assert torch.equal(prior(**(args | dict(augment=None))),
+                       prior(**(args | dict(augment=torch.zeros(2, 9)))))
 
 
 # Embeddings
 
 def test_pca_finds_the_axes_of_a_known_gaussian():
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0))).Q
-    y = torch.randn(5000, 6, generator=torch.Generator().manual_seed(1)) * torch.tensor([5.0, 3, 1, .5, .1, .01])
+    y = torch.randn(5000, 6, generator=torch.Generator().manual_seed(1)) * torch.tensor(
+        [5.0, 3, 1, .5, .1, .01])
     y = y @ rotation.T + 2
     pca = twosdm.PCA(y, 3)
     aligned = (pca.basis.T @ rotation[:, :3].double()).abs()
     assert (aligned - torch.eye(3)).abs().max() < 0.05
     z = pca.transform(y)
-    assert z.mean(0).abs().max() < 1e-4 and torch.allclose(z.var(0, correction=0), pca.variance.float(), rtol=1e-4)
+    assert (z.mean(0).abs().max() < 1e-4
+            and torch.allclose(z.var(0, correction=0), pca.variance.float(), rtol=1e-4))
 
 
 @pytest.mark.parametrize("n", [4, 40])
@@ -277,7 +286,8 @@ def test_clip_without_weights_is_an_error_that_says_how_to_get_them(tmp_path, mo
 
 def test_image_i_is_a_function_of_seed_and_i_alone():
     some = torch.tensor([5, 99, 10**9])
-    assert torch.equal(twosdm.shapes_images(some, 16)[:2], twosdm.shapes_images(torch.arange(100), 16)[[5, 99]])
+    assert torch.equal(twosdm.shapes_images(some, 16)[:2],
+                       twosdm.shapes_images(torch.arange(100), 16)[[5, 99]])
     assert torch.equal(twosdm.shapes_images(some[2:], 16), twosdm.shapes_images(some, 16)[2:])
     assert not torch.equal(twosdm.shapes_images(some, 16, seed=1), twosdm.shapes_images(some, 16))
 
@@ -297,11 +307,11 @@ def test_the_counter_based_numbers_are_uniform_and_uncorrelated():
 
 
 def test_images_show_their_attributes():
-    """At 64 pixels: the share of saturated pixels grows with the count, and the objects' hue is the colour's."""
+    """At 64 pixels: the share of saturated pixels grows with the count; the objects' hue is the colour's."""
     index = torch.arange(300)
     a, images = twosdm.shapes_attributes(index), twosdm.shapes_images(index, 64).double() / 255
     top, low = images.max(3).values, images.min(3).values
-    bright = top > 0.8                                                                 # (N, H, W): the objects
+    bright = top > 0.8                                                                # (N, H, W): the objects
     share = [bright[a["count"] == c].double().mean() for c in range(4)]
     assert all(x < y for x, y in zip(share, share[1:]))
     for i in range(50):
@@ -380,7 +390,8 @@ def test_presets_hold_the_papers_numbers():
             batch=256, lr=2e-4, dropout=dropout, augment=0.15, ema_half_life=500_000, lr_ramp=10_000_000,
             images=25_000_000, arch="ddpm++", width=128, mults=(1, 2, 2, 2), blocks=4, attention=(16,),
             resolution=64, steps=40, churn=50.0, embedder="clip") == dataclasses.asdict(image)
-        assert (prior.batch, prior.lr, prior.prior_width, prior.prior_depth, prior.prior_heads) == (256, 1e-4, 512, 6, 8)
+        assert (prior.batch, prior.lr, prior.prior_width, prior.prior_depth,
+                prior.prior_heads) == (256, 1e-4, 512, 6, 8)
         assert twosdm.configure(dataset, "baseline") == dataclasses.replace(image, stage="baseline")
 
 
