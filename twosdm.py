@@ -18,7 +18,8 @@ Glossary
     EDM          Karras et al. 2022, *Elucidating the Design Space of Diffusion-Based Generative Models*
 
 Reading order: 1 configuration, 2 diffusion, 3 sampling, 4 two stages, 5 shared layers, 6 prior transformer,
-7 U-Net, 8 embeddings, 9 data, 10 plumbing. Sections 2 to 4 are the method; the rest is what it stands on.
+7 U-Net, 8 embeddings, 9 data, 10 plumbing, 11 preparing images. Sections 2 to 4 are the method; 5 to 9 are what
+it stands on; 10 and 11 can be left unread.
 """
 import concurrent.futures
 import contextlib
@@ -88,18 +89,18 @@ class TrainConfig:
                            "of the shapes", choices=("clip", "pixels", "shapes"))
     clip_weights: str = option("openai", "'openai', which open_clip downloads, or a file", fixed=False)
     a: str = option("none", "what the user conditions on: nothing, or the class", choices=("none", "class"))
-    # The prior: Table "Prior" of the authors' configuration
+    # The prior
     prior_width: int = option(512, "width of the prior's tokens", low=1)
     prior_depth: int = option(6, "number of transformer blocks of the prior", low=1)
     prior_heads: int = option(8, "number of attention heads of the prior", low=1)
-    # The image network: EDM Table 7
+    # The image network
     arch: str = option("ddpm++", "U-Net of the image model and the baseline", choices=("ddpm++", "adm"))
     width: int = option(128, "channels of the U-Net at its finest level, divisible by 4", low=4)
     mults: tuple = option((1, 2, 2, 2), "channel multiplier of each level")
     blocks: int = option(4, "residual blocks per level", low=1)
     attention: tuple = option((16,), "resolutions with self-attention")
     dropout: float = option(0.0, "dropout in the U-Net", low=0, high=0.99)
-    # Training: spec of EDM's and the paper's recipes
+    # Training
     images: int = option(25_000_000, "length of the training, in images seen", low=1, fixed=False)
     batch: int = option(256, "images per optimiser step", low=1)
     batch_gpu: int = option(0, "images per forward pass, to save memory; 0 = the whole batch",
@@ -477,7 +478,7 @@ class PriorTransformer(nn.Module):
 # 7 U-Net
 # ============================================================================================================
 class UNetBlock(nn.Module):
-    """One residual block of either architecture, then self-attention if heads > 0 (EDM Table 7, App. F.2).
+    """One residual block of either architecture, then self-attention if heads > 0 (EDM, Appendix F).
 
     forward: x (B, C, H, W), embedding of noise level and condition (B, E) -> (B, C', H', W'), where H' is H,
     2H ("up") or H/2 ("down").
@@ -676,9 +677,10 @@ class ClipEmbedder(nn.Module):
             self.model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=weights,
                                                 require_pretrained=True)
         except Exception as error:                    # whatever a hub, a network or a damaged file raises
-            remedy = ("check the file" if weights != "openai" else
-                      "connect once so that open_clip can download them, or download ViT-B-32.pt elsewhere "
-                      "and give --clip-weights FILE; --embedder pixels needs none")
+            wanted = "open_clip_model.safetensors of timm/vit_base_patch32_clip_224.openai on Hugging Face"
+            remedy = (f"it should be {wanted}" if weights != "openai" else
+                      f"connect once so that open_clip can download them, or fetch {wanted} elsewhere and give "
+                      f"--clip-weights FILE; --embedder pixels needs none")
             raise UserError(f"CLIP's weights '{weights}' cannot be loaded ({type(error).__name__}): "
                             f"{remedy}") from None
         self.model.eval().requires_grad_(False)
@@ -860,7 +862,7 @@ def embedding_bank(images, embedder, folder, augment=None, views=1, seed=0, devi
 
 
 # ============================================================================================================
-# 9 Data: the embedded world
+# 9 Data: the embedded world, any images, augmentation
 # ============================================================================================================
 def uniform(seed, index, slots):
     """(N,) int64 -> (N, slots) float32 in [0, 1), a function of (seed, index, slot) alone.
@@ -1025,6 +1027,257 @@ def mix_seed(*numbers):
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
 
 
+# The low-pass filter of the orthogonal wavelet sym6, here with sum 1 (Daubechies, Ten Lectures, table 6.3).
+SYM6 = np.array([0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
+                 0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
+                 -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148])
+SYM6 /= SYM6.sum()
+
+
+class Augment:
+    """Augments images as EDM does (Appendix F), each transform with probability p.
+
+    `augment(images) -> (images, labels)`: (B, C, H, W) in [-1, 1] on any device -> the same, (B, 9). A label
+    is [x-flip, y-flip, n of the scale, cos t - 1, sin t, n cos r, n sin r, n of x, n of y], 0 for what is not
+    applied: flips are 0 or 1, t is the angle of the rotation, r the direction of the stretch, n is standard
+    normal. Positive angles turn counter-clockwise as one looks at the image, positive shifts go right and
+    down. A row whose label is zero comes back bit for bit.
+    """
+
+    def __init__(self, p):
+        assert 0 <= p <= 1
+        self.p = p
+
+    def draw(self, batch, generator=None):
+        """All random numbers of a batch: (batch, 13) on the generator's device, 9 uniform and 4 normal ones.
+
+        Row i belongs to image i alone: augment(images[a:b], draws[a:b]) is augment(images, draws)[a:b].
+        """
+        options = dict(generator=generator, device=generator.device if generator else "cpu")
+        return torch.cat([torch.rand(batch, 9, **options), torch.randn(batch, 4, **options)], 1)
+
+    def __call__(self, images, draws=None):
+        # Planned on the CPU, which then knows without waiting for the device what needs resampling.
+        draws = (self.draw(len(images)) if draws is None else draws).cpu()
+        coin, flip, zoom, turn, angle, stretch, frame, direction, shift = draws[:, :9].T           # (B,) each
+        n_zoom, n_stretch, n_x, n_y = draws[:, 9:].T
+        x_flip = (coin < 0.5).float()                                   # always active, whatever p is
+        y_flip = (flip < self.p / 2).float()                              # a fair coin, with probability p
+        n_zoom = n_zoom * (zoom < self.p)
+        theta = (2 * angle - 1) * math.pi * (turn < self.p)
+        n_stretch = n_stretch * (stretch < self.p)
+        r = (2 * direction - 1) * math.pi * (frame < 0.5)               # half of the time along the axes
+        n_x, n_y = n_x * (shift < self.p), n_y * (shift < self.p)
+        labels = torch.stack([x_flip, y_flip, n_zoom, theta.cos() - 1, theta.sin(),
+                              n_stretch * r.cos(), n_stretch * r.sin(), n_x, n_y], 1)              # (B, 9)
+
+        # Forward: flip, zoom, turn, stretch, shift. Resampling needs the inverse: output -> input position.
+        squeeze = torch.stack([-n_stretch, n_stretch], 1).mul(0.2).exp2()
+        inverse = rotation(theta) @ rotation(-r) @ squeeze.diag_embed() @ rotation(r)              # (B, 2, 2)
+        inverse = inverse * n_zoom.mul(-0.2).exp2()[:, None, None]
+        offset = 0.125 * torch.stack([n_x, n_y], 1)                     # (B, 2) in units of width and height
+        rows = labels[:, 2:].any(1).nonzero().flatten()                 # (R,)
+
+        device = images.device
+        for bit, dim in ((x_flip, 3), (y_flip, 2)):
+            images = torch.where(bit.to(device)[:, None, None, None] > 0, images.flip(dim), images)
+        if len(rows):
+            inverse, offset, rows_there = (t.to(device, non_blocking=True)
+                                           for t in (inverse[rows], offset[rows], rows))
+            images = images.index_copy(0, rows_there, resample(images[rows_there], inverse, offset))
+        return images, labels.to(device, non_blocking=True)
+
+
+def rotation(angle):
+    """(B,) -> (B, 2, 2): with y pointing down, the inverse of a counter-clockwise turn by the angle."""
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([cos, -sin, sin, cos], 1).unflatten(1, (2, 2))
+
+
+def resample(images, inverse, offset):
+    """The images seen through affine maps about their centres, with reflected surroundings.
+
+    images (R, C, H, W), inverse (R, 2, 2), offset (R, 2) in image sizes: output position v shows the input at
+    inverse (v - offset). Doubles the resolution, interpolates linearly there, and halves it again.
+    """
+    height, width = images.shape[2:]
+    with torch.autocast(images.device.type, enabled=False):
+        up_y, down_y, at_y = filters(height, images.device)         # (2H + 10, H), (H, 2H + 10), (2H + 10,)
+        up_x, down_x, at_x = filters(width, images.device)
+        fine = up_y @ images.float() @ up_x.T                           # (R, C, 2H + 10, 2W + 10)
+        x = at_x - (width - 1) / 2 - offset[:, 0, None, None] * width                     # (R, 1, 2W + 10)
+        y = at_y[:, None] - (height - 1) / 2 - offset[:, 1, None, None] * height          # (R, 2H + 10, 1)
+        grid = []
+        for (a, b), at, size in ((inverse[:, 0].T, at_x, width), (inverse[:, 1].T, at_y, height)):
+            position = a[:, None, None] * x + b[:, None, None] * y + (size - 1) / 2
+            position = size - 1 - (position % (2 * size - 2) - (size - 1)).abs()          # reflect
+            grid.append((position - at[0]) * (2 / (at[-1] - at[0])) - 1)
+        fine = F.grid_sample(fine, torch.stack(grid, -1), align_corners=True)
+        return (down_y @ fine @ down_x.T).to(images.dtype)              # (R, C, H, W)
+
+
+@functools.lru_cache(maxsize=16)
+def filters(size, device):
+    """Matrices that double, with reflection, and halve a signal, and the positions of the fine samples.
+
+    Shapes (2 size + 10, size), (size, 2 size + 10), (2 size + 10,), the last in units of coarse samples.
+    Inside, halving is half the transpose of doubling, and the filter is orthogonal to its even shifts: one
+    after the other they are the identity.
+    """
+    assert size > 1
+    fine = np.arange(-5, 2 * size + 5)
+    up, down = np.zeros((len(fine), size)), np.zeros((size, len(fine)))
+    for tap, weight in enumerate(SYM6):
+        coarse, odd = np.divmod(fine + 5 - tap, 2)
+        reflected = size - 1 - np.abs(coarse % (2 * size - 2) - (size - 1))
+        up[np.arange(len(fine))[odd == 0], reflected[odd == 0]] += 2 * weight
+        inside = (odd == 0) & (0 <= coarse) & (coarse < size)
+        down[coarse[inside], np.arange(len(fine))[inside]] += weight
+    at = (fine + 5 - SYM6 @ np.arange(12)) / 2                      # the filter's delay is its centre of mass
+    return tuple(torch.from_numpy(a).float().to(device) for a in (up, down, at))
+
+
+# ============================================================================================================
+# 10 Plumbing
+# ============================================================================================================
+@contextlib.contextmanager
+def user_errors(what):
+    """Turns what the system says of files, disks and permissions into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} ({error.strerror or error}): "
+                        f"choose another place or free some space") from None
+
+
+def pick_device(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else
+                            "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except Exception:                                 # torch's errors for devices have no common class
+        raise UserError(f"--device {name} is not available here: leave the flag away, or use cpu") from None
+
+
+class EMA:
+    """Moving average of a network's weights, from which all samples come (EDM, Appendix F).
+
+    beta = 0.5^(batch / max(min(half_life, ramp · images seen), 1e-8)): the half-life grows with the run, so
+    that early weights are forgotten early.
+    """
+
+    def __init__(self, net, half_life, ramp=0.05):
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.half_life, self.ramp = half_life, ramp
+
+    @torch.no_grad()
+    def update(self, net, seen, batch):
+        """After the optimiser step that brought the images seen from `seen` to seen + batch."""
+        beta = 0.5 ** (batch / max(min(self.half_life, self.ramp * seen), 1e-8))
+        ours, theirs = list(self.net.parameters()), list(net.parameters())
+        torch._foreach_lerp_(ours, theirs, 1 - beta)
+        for mine, other in zip(self.net.buffers(), net.buffers()):
+            mine.copy_(other)
+
+
+FORMAT = "twosdm 1"
+
+
+def save_checkpoint(path, **content):
+    """Writes tensors, numbers, strings and dicts, whole or not at all: an older file survives any failure."""
+    path = Path(path)
+    fresh = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(fresh, "wb") as file:
+            torch.save(dict(format=FORMAT, **content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except (OSError, RuntimeError) as error:          # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:100]
+        raise UserError(f"{path} cannot be written ({reason}): free some space or choose another folder with "
+                        f"--runs; what was saved before is untouched") from None
+
+
+def load_checkpoint(path, **expected):
+    """Reads a checkpoint without running anything in it. `expected`: top entries, such as stage="prior"."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: train it first (python train.py --help)")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                        # zip, pickle, storage: damaged files fail in many ways
+        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): "
+                        f"delete it and train again, or give another file") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this program: give one that train.py wrote")
+    for key, value in expected.items():
+        if content[key] != value:
+            raise UserError(f"{path} is a checkpoint of {key} '{content[key]}', not '{value}': "
+                            f"give another file")
+    return content
+
+
+NETWORKS = dict(prior=PriorTransformer, unet=UNet)
+
+
+def build_denoiser(recipe):
+    """A checkpoint's `model`: dict(net="prior" | "unet", settings, predict, sigma_data) -> new Denoiser."""
+    net = NETWORKS[recipe["net"]](**recipe["settings"])
+    return Denoiser(net, recipe["sigma_data"], recipe["predict"])
+
+
+def load_denoiser(checkpoint, device="cpu"):
+    """The trained denoiser of a checkpoint: its averaged weights, in eval mode."""
+    denoiser = build_denoiser(checkpoint["model"])
+    denoiser.load_state_dict(checkpoint["ema"])
+    denoiser = denoiser.to(device).eval().requires_grad_(False)
+    return (denoiser.to(memory_format=torch.channels_last) if checkpoint["model"]["net"] == "unet" else
+            denoiser)
+
+
+def image_grid(pixels, columns):
+    """(N, H, W, 3) uint8 -> one picture (rows·(H+1)+1, columns·(W+1)+1, 3) on white, one pixel apart."""
+    N, H, W, _ = pixels.shape
+    rows = -(-N // columns)
+    sheet = np.full((rows * (H + 1) + 1, columns * (W + 1) + 1, 3), 255, np.uint8)
+    for i, image in enumerate(pixels):
+        y, x = i // columns * (H + 1) + 1, i % columns * (W + 1) + 1
+        sheet[y:y + H, x:x + W] = image
+    return sheet
+
+
+def save_picture(path, pixels, least=0):
+    """(H, W, 3) uint8 -> a PNG, whole or not at all; magnified by a whole factor to `least` pixels' width."""
+    from PIL import Image
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    factor = max(1, -(-least // picture.width))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    fresh = Path(path).with_name("." + Path(path).name + ".new")
+    with user_errors(f"{path} cannot be written"):
+        picture.save(fresh, "PNG")
+        os.replace(fresh, path)
+
+
+def run(main):
+    """Runs a script's main; a mistake of the user's ends in one sentence and exit code 1, no traceback."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:                           # as in `python evaluate.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
+# ============================================================================================================
+# 11 Preparing images: any folder or zip -> one memory map
+# ============================================================================================================
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")    # no EPS: Pillow would start Ghostscript
 RECIPE = dict(format=1, crop="centre square of the short side", filter="lanczos", transparency="on white")
@@ -1338,251 +1591,3 @@ def write_cache(source, entries, labels, recipe, key, cache, workers):
         with contextlib.suppress(OSError):           # Windows keeps a file that is mapped
             old.unlink()
     return info
-
-
-# The low-pass filter of the orthogonal wavelet sym6, here with sum 1 (Daubechies, Ten Lectures, table 6.3).
-SYM6 = np.array([0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
-                 0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
-                 -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148])
-SYM6 /= SYM6.sum()
-
-
-class Augment:
-    """Augments images as EDM does (its table 3), each transform with probability p.
-
-    `augment(images) -> (images, labels)`: (B, C, H, W) in [-1, 1] on any device -> the same, (B, 9). A label
-    is [x-flip, y-flip, n of the scale, cos t - 1, sin t, n cos r, n sin r, n of x, n of y], 0 for what is not
-    applied: flips are 0 or 1, t is the angle of the rotation, r the direction of the stretch, n is standard
-    normal. Positive angles turn counter-clockwise as one looks at the image, positive shifts go right and
-    down. A row whose label is zero comes back bit for bit.
-    """
-
-    def __init__(self, p):
-        assert 0 <= p <= 1
-        self.p = p
-
-    def draw(self, batch, generator=None):
-        """All random numbers of a batch: (batch, 13) on the generator's device, 9 uniform and 4 normal ones.
-
-        Row i belongs to image i alone: augment(images[a:b], draws[a:b]) is augment(images, draws)[a:b].
-        """
-        options = dict(generator=generator, device=generator.device if generator else "cpu")
-        return torch.cat([torch.rand(batch, 9, **options), torch.randn(batch, 4, **options)], 1)
-
-    def __call__(self, images, draws=None):
-        # Planned on the CPU, which then knows without waiting for the device what needs resampling.
-        draws = (self.draw(len(images)) if draws is None else draws).cpu()
-        coin, flip, zoom, turn, angle, stretch, frame, direction, shift = draws[:, :9].T           # (B,) each
-        n_zoom, n_stretch, n_x, n_y = draws[:, 9:].T
-        x_flip = (coin < 0.5).float()                                   # always active, whatever p is
-        y_flip = (flip < self.p / 2).float()                              # a fair coin, with probability p
-        n_zoom = n_zoom * (zoom < self.p)
-        theta = (2 * angle - 1) * math.pi * (turn < self.p)
-        n_stretch = n_stretch * (stretch < self.p)
-        r = (2 * direction - 1) * math.pi * (frame < 0.5)               # half of the time along the axes
-        n_x, n_y = n_x * (shift < self.p), n_y * (shift < self.p)
-        labels = torch.stack([x_flip, y_flip, n_zoom, theta.cos() - 1, theta.sin(),
-                              n_stretch * r.cos(), n_stretch * r.sin(), n_x, n_y], 1)              # (B, 9)
-
-        # Forward: flip, zoom, turn, stretch, shift. Resampling needs the inverse: output -> input position.
-        squeeze = torch.stack([-n_stretch, n_stretch], 1).mul(0.2).exp2()
-        inverse = rotation(theta) @ rotation(-r) @ squeeze.diag_embed() @ rotation(r)              # (B, 2, 2)
-        inverse = inverse * n_zoom.mul(-0.2).exp2()[:, None, None]
-        offset = 0.125 * torch.stack([n_x, n_y], 1)                     # (B, 2) in units of width and height
-        rows = labels[:, 2:].any(1).nonzero().flatten()                 # (R,)
-
-        device = images.device
-        for bit, dim in ((x_flip, 3), (y_flip, 2)):
-            images = torch.where(bit.to(device)[:, None, None, None] > 0, images.flip(dim), images)
-        if len(rows):
-            inverse, offset, rows_there = (t.to(device, non_blocking=True)
-                                           for t in (inverse[rows], offset[rows], rows))
-            images = images.index_copy(0, rows_there, resample(images[rows_there], inverse, offset))
-        return images, labels.to(device, non_blocking=True)
-
-
-def rotation(angle):
-    """(B,) -> (B, 2, 2): with y pointing down, the inverse of a counter-clockwise turn by the angle."""
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack([cos, -sin, sin, cos], 1).unflatten(1, (2, 2))
-
-
-def resample(images, inverse, offset):
-    """The images seen through affine maps about their centres, with reflected surroundings.
-
-    images (R, C, H, W), inverse (R, 2, 2), offset (R, 2) in image sizes: output position v shows the input at
-    inverse (v - offset). Doubles the resolution, interpolates linearly there, and halves it again.
-    """
-    height, width = images.shape[2:]
-    with torch.autocast(images.device.type, enabled=False):
-        up_y, down_y, at_y = filters(height, images.device)         # (2H + 10, H), (H, 2H + 10), (2H + 10,)
-        up_x, down_x, at_x = filters(width, images.device)
-        fine = up_y @ images.float() @ up_x.T                           # (R, C, 2H + 10, 2W + 10)
-        x = at_x - (width - 1) / 2 - offset[:, 0, None, None] * width                     # (R, 1, 2W + 10)
-        y = at_y[:, None] - (height - 1) / 2 - offset[:, 1, None, None] * height          # (R, 2H + 10, 1)
-        grid = []
-        for (a, b), at, size in ((inverse[:, 0].T, at_x, width), (inverse[:, 1].T, at_y, height)):
-            position = a[:, None, None] * x + b[:, None, None] * y + (size - 1) / 2
-            position = size - 1 - (position % (2 * size - 2) - (size - 1)).abs()          # reflect
-            grid.append((position - at[0]) * (2 / (at[-1] - at[0])) - 1)
-        fine = F.grid_sample(fine, torch.stack(grid, -1), align_corners=True)
-        return (down_y @ fine @ down_x.T).to(images.dtype)              # (R, C, H, W)
-
-
-@functools.lru_cache(maxsize=16)
-def filters(size, device):
-    """Matrices that double, with reflection, and halve a signal, and the positions of the fine samples.
-
-    Shapes (2 size + 10, size), (size, 2 size + 10), (2 size + 10,), the last in units of coarse samples.
-    Inside, halving is half the transpose of doubling, and the filter is orthogonal to its even shifts: one
-    after the other they are the identity.
-    """
-    assert size > 1
-    fine = np.arange(-5, 2 * size + 5)
-    up, down = np.zeros((len(fine), size)), np.zeros((size, len(fine)))
-    for tap, weight in enumerate(SYM6):
-        coarse, odd = np.divmod(fine + 5 - tap, 2)
-        reflected = size - 1 - np.abs(coarse % (2 * size - 2) - (size - 1))
-        up[np.arange(len(fine))[odd == 0], reflected[odd == 0]] += 2 * weight
-        inside = (odd == 0) & (0 <= coarse) & (coarse < size)
-        down[coarse[inside], np.arange(len(fine))[inside]] += weight
-    at = (fine + 5 - SYM6 @ np.arange(12)) / 2                      # the filter's delay is its centre of mass
-    return tuple(torch.from_numpy(a).float().to(device) for a in (up, down, at))
-
-
-# ============================================================================================================
-# 10 Plumbing
-# ============================================================================================================
-@contextlib.contextmanager
-def user_errors(what):
-    """Turns what the system says of files, disks and permissions into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{what} ({error.strerror or error}): "
-                        f"choose another place or free some space") from None
-
-
-def pick_device(name):
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else
-                            "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except Exception:                                 # torch's errors for devices have no common class
-        raise UserError(f"--device {name} is not available here: leave the flag away, or use cpu") from None
-
-
-class EMA:
-    """Moving average of a network's weights, from which all samples come (EDM, Appendix F.2).
-
-    beta = 0.5^(batch / max(min(half_life, ramp · images seen), 1e-8)): the half-life grows with the run, so
-    that early weights are forgotten early.
-    """
-
-    def __init__(self, net, half_life, ramp=0.05):
-        self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        self.half_life, self.ramp = half_life, ramp
-
-    @torch.no_grad()
-    def update(self, net, seen, batch):
-        """After the optimiser step that brought the images seen from `seen` to seen + batch."""
-        beta = 0.5 ** (batch / max(min(self.half_life, self.ramp * seen), 1e-8))
-        ours, theirs = list(self.net.parameters()), list(net.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - beta)
-        for mine, other in zip(self.net.buffers(), net.buffers()):
-            mine.copy_(other)
-
-
-FORMAT = "twosdm 1"
-
-
-def save_checkpoint(path, **content):
-    """Writes tensors, numbers, strings and dicts, whole or not at all: an older file survives any failure."""
-    path = Path(path)
-    fresh = path.with_name(path.name + ".new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(fresh, "wb") as file:
-            torch.save(dict(format=FORMAT, **content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    except (OSError, RuntimeError) as error:          # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:100]
-        raise UserError(f"{path} cannot be written ({reason}): free some space or choose another folder with "
-                        f"--runs; what was saved before is untouched") from None
-
-
-def load_checkpoint(path, **expected):
-    """Reads a checkpoint without running anything in it. `expected`: top entries, such as stage="prior"."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: train it first (python train.py --help)")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                        # zip, pickle, storage: damaged files fail in many ways
-        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): "
-                        f"delete it and train again, or give another file") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this program: give one that train.py wrote")
-    for key, value in expected.items():
-        if content[key] != value:
-            raise UserError(f"{path} is a checkpoint of {key} '{content[key]}', not '{value}': "
-                            f"give another file")
-    return content
-
-
-NETWORKS = dict(prior=PriorTransformer, unet=UNet)
-
-
-def build_denoiser(recipe):
-    """A checkpoint's `model`: dict(net="prior" | "unet", settings, predict, sigma_data) -> new Denoiser."""
-    net = NETWORKS[recipe["net"]](**recipe["settings"])
-    return Denoiser(net, recipe["sigma_data"], recipe["predict"])
-
-
-def load_denoiser(checkpoint, device="cpu"):
-    """The trained denoiser of a checkpoint: its averaged weights, in eval mode."""
-    denoiser = build_denoiser(checkpoint["model"])
-    denoiser.load_state_dict(checkpoint["ema"])
-    denoiser = denoiser.to(device).eval().requires_grad_(False)
-    return (denoiser.to(memory_format=torch.channels_last) if checkpoint["model"]["net"] == "unet" else
-            denoiser)
-
-
-def image_grid(pixels, columns):
-    """(N, H, W, 3) uint8 -> one picture (rows·(H+1)+1, columns·(W+1)+1, 3) on white, one pixel apart."""
-    N, H, W, _ = pixels.shape
-    rows = -(-N // columns)
-    sheet = np.full((rows * (H + 1) + 1, columns * (W + 1) + 1, 3), 255, np.uint8)
-    for i, image in enumerate(pixels):
-        y, x = i // columns * (H + 1) + 1, i % columns * (W + 1) + 1
-        sheet[y:y + H, x:x + W] = image
-    return sheet
-
-
-def save_picture(path, pixels, least=0):
-    """(H, W, 3) uint8 -> a PNG, whole or not at all; magnified by a whole factor to `least` pixels' width."""
-    from PIL import Image
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    factor = max(1, -(-least // picture.width))
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    fresh = Path(path).with_name("." + Path(path).name + ".new")
-    with user_errors(f"{path} cannot be written"):
-        picture.save(fresh, "PNG")
-        os.replace(fresh, path)
-
-
-def run(main):
-    """Runs a script's main; a mistake of the user's ends in one sentence and exit code 1, no traceback."""
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except BrokenPipeError:                           # as in `python evaluate.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(1)

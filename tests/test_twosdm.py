@@ -270,7 +270,7 @@ def test_clip_without_weights_is_an_error_that_says_how_to_get_them(tmp_path, mo
     with pytest.raises(UserError, match="no such file"):
         twosdm.ClipEmbedder(str(tmp_path / "missing.pt"))
     (tmp_path / "bad.pt").write_bytes(b"not weights")
-    with pytest.raises(UserError, match="check the file"):
+    with pytest.raises(UserError, match="it should be open_clip_model.safetensors"):
         twosdm.ClipEmbedder(str(tmp_path / "bad.pt"))
     import open_clip
 
@@ -280,6 +280,36 @@ def test_clip_without_weights_is_an_error_that_says_how_to_get_them(tmp_path, mo
     monkeypatch.setattr(open_clip, "create_model", offline)
     with pytest.raises(UserError, match="--clip-weights FILE"):
         twosdm.ClipEmbedder()
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory):
+    """A CLIP ViT-B/32 of random weights in a file of the public format, and the model that it came from."""
+    import open_clip
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32-quickgelu").eval()
+    path = tmp_path_factory.mktemp("clip") / "clip.pt"
+    torch.save(model.state_dict(), path)
+    return path, model
+
+
+def test_clip_embeds_raw_from_a_local_file_after_bilinear_resizing(clip_file):
+    path, model = clip_file
+    embedder, x = twosdm.ClipEmbedder(str(path)), torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.48145466, 0.4578275, 0.40821073),
+                                                         (0.26862954, 0.26130258, 0.27577711)))
+    with torch.no_grad():
+        y = embedder(x)
+        large = nn.functional.interpolate(x, (224, 224), mode="bilinear")
+        assert torch.allclose(y, model.encode_image(((large + 1) / 2 - mean) / std), atol=1e-5)
+        assert y.shape == (2, 512) and (y.norm(dim=1) - 1).abs().min() > 0.01
+        assert torch.allclose(embedder(x[1:]), y[1:], atol=1e-5)
+        assert embedder.encode_text(["a red star", "two dogs"]).shape == (2, 512)
+    assert type(model.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    packed = twosdm.pack_embedder(embedder)
+    assert packed["state"] == {} and twosdm.unpack_embedder(packed, 16, str(path)).dim == 512
+    with pytest.raises(UserError, match="not those of this run"):
+        twosdm.unpack_embedder(packed | dict(fingerprint="0"), 16, str(path))
 
 
 # The embedded world
