@@ -410,6 +410,11 @@ class WorldFeatures(nn.Module):
         self.pool = nn.Sequential(nn.Flatten(), nn.Linear(32 * w, 64), relu)
         self.head = nn.Linear(64, sum(twosdm.ATTRIBUTES.values()))
 
+    def features(self, x):
+        """(N, 3, H, W) in [-1, 1] -> the last map (N, 2w, 4, 4) and its pooled form (N, 64)."""
+        last = self.map(F.interpolate(x, (32, 32), mode="area") if x.shape[-1] > 32 else x)
+        return last, self.pool(last)
+
     def heads(self, pool):
         """(N, 64) -> the logits of each attribute, a list of (N, K)."""
         return self.head(pool).split(list(twosdm.ATTRIBUTES.values()), 1)
@@ -417,13 +422,11 @@ class WorldFeatures(nn.Module):
     @_exactly()
     def forward(self, images):
         x = to_uint8(images.to(self.head.weight.device)).float() / 127.5 - 1
-        area = self.map(F.interpolate(x, (32, 32), mode="area") if x.shape[-1] > 32 else x)   # (N, 2w, 4, 4)
-        pool = self.pool(area)
-        joint = 0
+        last, pool = self.features(x)
+        joint = torch.zeros(len(x), 1, device=x.device)
         for logits in self.heads(pool):                       # log p of independent attributes adds up
-            joint = (joint[..., None] + logits.log_softmax(1).reshape(len(x), *[1] * (joint.ndim - 1), -1)) \
-                if torch.is_tensor(joint) else logits.log_softmax(1)
-        return {"pool": pool, "spatial": area[:, :28].flatten(1), "logits": joint.flatten(1)}
+            joint = (joint[:, :, None] + logits.log_softmax(1)[:, None]).flatten(1)
+        return {"pool": pool, "spatial": last[:, :28].flatten(1), "logits": joint}
 
     @classmethod
     def trained(cls, folder, resolution, device="cpu"):
@@ -452,8 +455,7 @@ class WorldFeatures(nn.Module):
         for _ in range(epochs):
             for rows in torch.randperm(size)[:size // batch * batch].split(batch):
                 x = twosdm.to_float(torch.from_numpy(pixels[rows.numpy()])).permute(0, 3, 1, 2).to(device)
-                logits = net.heads(net.pool(net.map(F.interpolate(x, (32, 32), mode="area")
-                                                    if resolution > 32 else x)))
+                logits = net.heads(net.features(x)[1])
                 loss = sum(F.cross_entropy(out, targets[name][rows].to(device))
                            for out, name in zip(logits, twosdm.ATTRIBUTES))
                 optimizer.zero_grad()
@@ -470,8 +472,7 @@ class WorldFeatures(nn.Module):
 # ============================================================================================================
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
-HEADINGS = dict(fid="FID", sfid="sFID", precision="precision", recall="recall")
-HEADINGS["is"] = "IS"
+HEADINGS = dict(zip(METRICS, ("FID", "sFID", "IS", "precision", "recall")))
 
 
 def extract(batches, network, total, what, keep=None):
@@ -529,11 +530,12 @@ def score(real, fake, metrics, k=3):
     return {name: value for name, value in values.items() if name in metrics or name == "is_std"}
 
 
-def table(rows, metrics):
-    """Rows of (name, values) as aligned text."""
+def table(results, metrics):
+    """One line per method, aligned."""
     lines = [f"{'method':<12}" + "".join(f"{HEADINGS[m]:>11}" for m in metrics)]
-    for name, values in rows:
-        lines.append(f"{name:<12}" + "".join(f"{values[m]:>11.3f}" for m in metrics))
+    for row in results:
+        name = "edm" if row["method"] == "baseline" else row["method"]
+        lines.append(f"{name:<12}" + "".join(f"{row[m]:>11.3f}" for m in metrics))
     return "\n".join(lines)
 
 
@@ -547,7 +549,7 @@ def main():
     add("--n", type=at_least(2, int), help="images per method (default: 1000 on shapes, otherwise 50000)")
     add("--metrics", default="fid,sfid,is,precision,recall", help="comma-separated (default: %(default)s)")
     add("--inception-weights", help="the public Inception file (default: downloaded once)")
-    add("--json", metavar="FILE", help="where the JSON goes (default: runs/<dataset>/evaluation.json)")
+    add("--json", metavar="FILE", help="also write this evaluation as JSON; - prints it instead of the table")
     args = parser.parse_args()
     metrics = [m.strip().lower() for m in args.metrics.split(",")]
     if unknown := [m for m in metrics if m not in METRICS]:
@@ -564,6 +566,7 @@ def main():
     saved = dict(pipelines[0].main["config"], runs=args.runs)
     dataset, folder = saved["dataset"], Path(args.runs) / saved["dataset"]
     n = args.n or (1000 if dataset == "shapes" else 50_000)
+    seeds = list(range(args.seed, args.seed + n))
     if dataset == "shapes":
         network, label = (WorldFeatures.trained(folder, saved["resolution"], device),
                           "the world's own classifier")
@@ -580,30 +583,38 @@ def main():
     real = cached(folder / "features", ["real", network.sha256, images.fingerprint], lambda: extract(
         (images.pixels[i:i + 250] for i in range(0, len(images), 250)), network, len(images), "training set",
         10_000))
-    rows, results = [], {}
-    for pipeline in pipelines:
-        seeds = list(range(args.seed, args.seed + n))
+    sets = [(p.method, p.describe(), p, seeds) for p in pipelines]
+    if dataset == "shapes":                                   # the floor: other images of the same world
+        index = torch.arange(len(images), len(images) + n)
+        sets.insert(0, ("real", dict(method="real"), lambda part: twosdm.shapes_images(
+            index[part], saved["resolution"], saved["seed"]).numpy(), list(range(n))))
+    results = []
+    for method, described, draw, items in sets:
         began = time.perf_counter()
-        fake = cached(folder / "features", [pipeline.describe(), args.seed, n, network.sha256],
-                      lambda: extract((pipeline(seeds[i:i + args.batch]) for i in range(0, n, args.batch)),
-                                      network, n, pipeline.method))
-        values = score(real, fake, metrics)
-        rows.append((pipeline.method if pipeline.method != "baseline" else "edm", values))
-        results[pipeline.method] = dict(values, seconds=time.perf_counter() - began, **pipeline.describe())
+        fake = cached(folder / "features", [described, images.fingerprint, args.seed, n, network.sha256],
+                      lambda: extract((draw(items[i:i + args.batch]) for i in range(0, n, args.batch)),
+                                      network, n, method))
+        results.append(dict(score(real, fake, metrics), **described, protocol=protocol,
+                            seconds=round(time.perf_counter() - began, 2)))
+    with twosdm.user_errors(f"{folder / 'results.jsonl'} cannot be written"), open(
+            folder / "results.jsonl", "a") as file:           # grows: no evaluation is ever lost
+        file.writelines(json.dumps(row) + "\n" for row in results)
+    if args.json == "-":
+        print(json.dumps(results, indent=1))
+        return 0
     print(f"{dataset} {saved['resolution']}x{saved['resolution']}, "
           f"{n} samples against {len(images)} training images, features of {label}"
           + (" (not comparable with Inception's)" if dataset == "shapes" else ""))
-    print(table(rows, metrics))
-    dims = real["mu"].shape[0]
-    if n <= dims and ("fid" in metrics or "sfid" in metrics):
-        print(f"Warning: {n} samples for {dims}-dimensional features: FID is biased upwards, "
-              f"compare at equal n only.", file=sys.stderr)
-    path = Path(args.json) if args.json else folder / "evaluation.json"
-    with twosdm.user_errors(f"{path} cannot be written"):
-        fresh = path.with_name(path.name + ".new")
-        fresh.write_text(json.dumps(dict(protocol=protocol, results=results), indent=1))
-        os.replace(fresh, path)
-    print(f"-> {path}")
+    print(table(results, metrics))
+    for name, dims in ("fid", len(real["mu"])), ("sfid", len(real["mu_s"])):
+        if name in metrics and n <= dims:
+            print(f"Warning: {n} samples for the {dims} dimensions of {HEADINGS[name]}: it is biased upwards, "
+                  f"compare it at equal n only.", file=sys.stderr)
+    if args.json:
+        with twosdm.user_errors(f"{args.json} cannot be written"):
+            fresh = Path(args.json + ".new")
+            fresh.write_text(json.dumps(results, indent=1))
+            os.replace(fresh, args.json)
     return 0
 
 

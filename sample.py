@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import sys
 import zipfile
 from pathlib import Path
 
@@ -66,7 +65,8 @@ class Pipeline:
         """What the images depend on, for the record."""
         return dict(method=self.method, dataset=self.main["dataset"], steps=self.sampler.steps,
                     image_steps=self.image_sampler.steps, churn=self.sampler.s_churn,
-                    s_noise=self.sampler.s_noise, label=self.args.label,
+                    s_noise=self.sampler.s_noise, label=self.args.label, precision=self.args.precision,
+                    fingerprints=self.main["fingerprints"],
                     images_seen={s: c["seen"] for s, c in self.checkpoints.items()},
                     networks={s: twosdm.fingerprint(m) for s, m in self.models.items()})
 
@@ -207,7 +207,7 @@ def main():
     args = parser.parse_args()
     same_dataset(args)
     pipeline = Pipeline(args, args.method, twosdm.pick_device(args.device))
-    settings = json.dumps(dict(pipeline.describe(), precision=args.precision), indent=1)
+    settings = json.dumps(pipeline.describe(), indent=1)
     folder = open_folder(args.out, settings, f"samples/{pipeline.main['dataset']}-{args.method}")
     seeds = range(args.seed, args.seed + args.n)
     names = [f"{seed:06d}.png" for seed in seeds]

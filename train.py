@@ -9,7 +9,6 @@ Started again it goes on where it stopped.
 import argparse
 import dataclasses
 import json
-import math
 import os
 import signal
 import sys
@@ -46,7 +45,8 @@ class Embedding:
     def __init__(self, config, images, device):
         if config.dataset != "shapes" or config.embedder != "shapes":
             raise UserError("only the embedder of shapes is trained: leave --stage embedder away")
-        self.images, self.captions = images, twosdm.shapes_captions(torch.arange(len(images)), config.seed)
+        self.config, self.images = config, images
+        self.captions = twosdm.shapes_captions(torch.arange(len(images)), config.seed)
         self.module, self.device = twosdm.SmallClip(), device
 
     def draw(self, rows):
@@ -56,12 +56,27 @@ class Embedding:
         loss = self.module.loss(self.images.batch(rows).to(self.device), [self.captions[i] for i in rows])
         return loss, draws["sigma"]
 
-    def finish(self, module):
-        """Scales the embedding to rms 0.5 over the training set."""
+    def embed(self, module, images):
         with torch.no_grad():
-            parts = np.array_split(np.arange(len(self.images)), -(-len(self.images) // 500))
-            y = torch.cat([module(self.images.batch(rows).to(self.device)) for rows in parts])
-            module.scale.mul_(0.5 / y.square().mean().sqrt())
+            parts = np.array_split(np.arange(len(images)), -(-len(images) // 500))
+            return torch.cat([module(images.batch(rows).to(self.device)).cpu() for rows in parts])
+
+    def finish(self, module):
+        """Scales the embedding to rms 0.5 over the training set; -> how well a linear probe reads it."""
+        y, size = self.embed(module, self.images), len(self.images)
+        factor = 0.5 / y.square().mean().sqrt()
+        module.scale.mul_(factor.to(self.device))
+        fresh, seed = torch.arange(size, size + 2000), self.config.seed
+        held_out = self.embed(module, twosdm.shapes_world(fresh, self.config.resolution, seed))
+        y, truth = y * factor, twosdm.shapes_attributes(torch.arange(size), seed)
+        accuracy = {}
+        for name, kinds in twosdm.ATTRIBUTES.items():         # least squares from [y, 1] to the one-hot attribute
+            probe = torch.linalg.lstsq(F.pad(y, (0, 1), value=1), F.one_hot(truth[name], kinds).float()).solution
+            guess = (F.pad(held_out, (0, 1), value=1) @ probe).argmax(1)
+            right = (guess == twosdm.shapes_attributes(fresh, seed)[name]).float().mean().item()
+            accuracy[name] = round(right, 4)
+        print("\na linear probe on held-out images reads " + ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items()))
+        return dict(linear_probe=accuracy)
 
     def preview(self, module, path):
         pass
@@ -124,7 +139,7 @@ class Diffusion:
         return loss, draws["sigma"]
 
     def finish(self, module):
-        pass
+        return {}
 
     def preview(self, module, path):
         """A grid of samples: 18 steps, no churn; the image model draws after training images' embeddings."""
@@ -210,10 +225,9 @@ def train(config, device):
             seen, seconds = seen + config.batch, seconds + time.perf_counter() - began
             bar.update(config.batch)
             last = seen >= config.images
-            if last:
-                job.finish(ema.net)
+            extra = job.finish(ema.net) if last else {}
             if due(seen, config.batch, config.log) or last:
-                meter.write(folder / "log.jsonl", seen, seconds, bar)
+                meter.write(folder / "log.jsonl", seen, seconds, bar, extra)
             if due(seen, config.batch, config.save) or last or stop.asked:
                 save()
             if config.preview and (due(seen, config.batch, config.preview) or last):
@@ -260,12 +274,13 @@ def get_embedder(config, images, device):
     if config.embedder == "pixels":
         if not path.exists():
             embedder = twosdm.PixelEmbedder(config.resolution).fit(images)
-            twosdm.save_checkpoint(path, stage="embedder", dataset=config.dataset, seen=len(images),
-                                   embedder=twosdm.pack_embedder(embedder), resolution=config.resolution)
-        packed = twosdm.load_checkpoint(path, stage="embedder")["embedder"]
-        if packed is None or packed["name"] != "pixels":
-            raise UserError(f"{path} is another embedder: give another --runs folder")
-        return twosdm.unpack_embedder(packed, config.resolution).to(device)
+            twosdm.save_checkpoint(path, stage="embedder", embedder=twosdm.pack_embedder(embedder),
+                                   fingerprints=dict(images=images.fingerprint))
+        checkpoint = twosdm.load_checkpoint(path, stage="embedder")
+        if not checkpoint["embedder"] or checkpoint["fingerprints"]["images"] != images.fingerprint:
+            raise UserError(f"{path} belongs to other images, another resolution or another embedder: "
+                            f"give another --runs folder")
+        return twosdm.unpack_embedder(checkpoint["embedder"], config.resolution).to(device)
     if config.dataset != "shapes":
         raise UserError("--embedder shapes knows only the embedded world: choose clip or pixels")
     if not path.exists():
@@ -303,18 +318,22 @@ class Meter:
         for g in gradients:
             torch.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5, out=g)
 
-    def write(self, path, seen, seconds, bar):
+    def write(self, path, seen, seconds, bar, extra):
         loss, sigma = (torch.cat(part).cpu() for part in zip(*self.parts))
         bins = torch.bucketize(sigma.to(loss.dtype), torch.tensor(LOSS_BINS, dtype=loss.dtype))
         edges = (0, *LOSS_BINS, "inf")
-        line = dict(images=seen, loss=loss.mean().item(), seconds=round(seconds, 2),
+
+        def mean(values):                             # JSON knows no NaN
+            return values.mean().item() if values.isfinite().all() else None
+
+        line = dict(images=seen, loss=mean(loss), seconds=round(seconds, 2),
                     images_per_second=round(len(loss) / (time.perf_counter() - self.began), 1),
-                    gradient_norm=torch.stack(self.norms).mean().item(), nonfinite=sum(self.bad),
-                    loss_by_sigma={f"{edges[i]}-{edges[i + 1]}": loss[bins == i].mean().item()
-                                   for i in range(len(edges) - 1) if (bins == i).any()})
+                    gradient_norm=mean(torch.stack(self.norms)), nonfinite=sum(self.bad),
+                    loss_by_sigma={f"{edges[i]}-{edges[i + 1]}": mean(loss[bins == i])
+                                   for i in range(len(edges) - 1) if (bins == i).any()}, **extra)
         with twosdm.user_errors(f"{path} cannot be written"), open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
-        bar.set_postfix_str(f"loss {line['loss']:.4g}")
+        bar.set_postfix_str("loss not finite" if line["loss"] is None else f"loss {line['loss']:.4g}")
         self.clear()
 
 

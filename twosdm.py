@@ -18,8 +18,8 @@ Glossary
     EDM          Karras et al. 2022, *Elucidating the Design Space of Diffusion-Based Generative Models*
 
 Reading order: 1 configuration, 2 diffusion, 3 sampling, 4 two stages, 5 shared layers, 6 prior transformer,
-7 U-Net, 8 embeddings, 9 data, 10 plumbing, 11 preparing images. Sections 2 to 4 are the method; 5 to 9 are what
-it stands on; 10 and 11 can be left unread.
+7 U-Net, 8 embeddings, 9 data, 10 plumbing, 11 preparing images. Sections 2 to 4 are the method; 5 to 9 are
+what it stands on; 10 and 11 can be left unread.
 """
 import concurrent.futures
 import contextlib
@@ -387,9 +387,7 @@ def noise_features(c_noise, dim, adm=False):
     return torch.cat([angles.cos(), angles.sin()] if adm else [angles.sin(), angles.cos()], dim=1)
 
 
-def attend(q, k, v):
-    """softmax(q kᵀ / √d) v over (B, heads, tokens, d)."""
-    return F.scaled_dot_product_attention(q, k, v)
+attend = F.scaled_dot_product_attention                # softmax(q kᵀ / √d) v over (B, heads, tokens, d)
 
 
 @torch.no_grad()

@@ -97,6 +97,8 @@ def test_training_leaves_checkpoints_logs_and_pictures_and_says_when_all_is_done
         assert [line["images"] for line in lines] == [16, 32, 48]
         assert all(line["nonfinite"] == 0 and line["loss"] > 0 and line["gradient_norm"] > 0
                    for line in lines)
+        if stage == "embedder":
+            assert set(lines[-1]["linear_probe"]) == set(twosdm.ATTRIBUTES)
     for stage in ("image", "baseline"):
         assert (trained / "runs" / "shapes" / stage / "samples-000000048.png").exists()
     code, out, err = call(train, *TINY, cwd=trained)
@@ -206,14 +208,17 @@ def test_evaluation_prints_a_table_and_writes_its_protocol(trained, call, tmp_pa
     assert code == 0, err
     lines = out.splitlines()
     assert "not comparable with Inception" in lines[0] and "20 samples against 64" in lines[0]
-    assert ([line.split()[0] for line in lines[2:5]] == ["2sdm", "oracle", "edm"]
-            and "Warning: 20 samples" in err)
-    record = json.loads((trained / "runs" / "shapes" / "evaluation.json").read_text())
-    assert record["protocol"]["n_generated"] == 20 and record["protocol"]["n_real"] == 64
-    for values in record["results"].values():
-        assert values["fid"] >= 0 and 0 <= values["precision"] <= 1 <= values["is"]
-    again = call(evaluate, "--n", 20, "--runs", trained / "runs", cwd=tmp_path)
-    assert again[1] == out and "2sdm:" not in again[2]                # from the cache: nothing was sampled
+    assert [line.split()[0] for line in lines[2:]] == ["real", "2sdm", "oracle", "edm"]
+    assert "Warning: 20 samples for the 64 dimensions of FID" in err
+    rows = [json.loads(line) for line in (trained / "runs/shapes/results.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["real", "2sdm", "oracle", "baseline"]
+    for row in rows:
+        assert row["protocol"]["n_generated"] == 20 and row["protocol"]["n_real"] == 64
+        assert row["fid"] >= 0 and 0 <= row["precision"] <= 1 <= row["is"]
+    again = call(evaluate, "--n", 20, "--runs", trained / "runs", "--json", "-", cwd=tmp_path)
+    assert [r["fid"] for r in json.loads(again[1])] == [r["fid"] for r in rows]
+    assert "2sdm:" not in again[2]                    # from the cache: nothing was sampled
+    assert len((trained / "runs/shapes/results.jsonl").read_text().splitlines()) == 8
 
 
 def test_the_worlds_classifier_tells_the_attributes(tmp_path):
