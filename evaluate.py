@@ -475,26 +475,27 @@ METRICS = ("fid", "sfid", "is", "precision", "recall")
 HEADINGS = dict(zip(METRICS, ("FID", "sFID", "IS", "precision", "recall")))
 
 
-def extract(batches, network, total, what, keep=None):
+def extract(batches, network, total, what, keep=None, logits=True):
     """Batches of (B, H, W, 3) uint8 -> what the metrics need of a set, as a dict of arrays, in one pass.
 
-    mu, sigma, mu_s, sigma_s (float64), pool (at most `keep` rows, float32), logits (N, K) float32, n.
+    mu, sigma, mu_s, sigma_s (float64), pool (the first `keep` rows), logits (N, K) if wanted, n.
     """
-    stats, pools, logits, n = {}, [], [], 0
+    stats, pools, kept, n = {}, [], [], 0
     bar = tqdm(total=total, desc=what, unit=" images")
     for pixels in batches:
-        features = network(torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2))
+        features = network(torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2))
         for name in ("pool", "spatial"):
             stats.setdefault(name, RunningStats(features[name].shape[1])).update(features[name].cpu())
         if keep is None or n < keep:
             pools.append(features["pool"].cpu()[:None if keep is None else keep - n])
-        logits.append(features["logits"].cpu())
+        if logits:
+            kept.append(features["logits"].cpu())
         n += len(pixels)
         bar.update(len(pixels))
     bar.close()
     (mu, sigma), (mu_s, sigma_s) = stats["pool"].result(), stats["spatial"].result()
-    return dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, pool=torch.cat(pools).numpy(),
-                logits=torch.cat(logits).numpy(), n=np.array(n))
+    return dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, pool=torch.cat(pools).numpy(), n=np.array(n),
+                **(dict(logits=torch.cat(kept).numpy()) if logits else {}))
 
 
 def cached(folder, key, make):
@@ -573,16 +574,21 @@ def main():
     else:
         network, label = InceptionFeatures(args.inception_weights).to(device), "Inception 2015-12-05"
     images = twosdm.load_images(twosdm.TrainConfig(**dict(saved, data=args.data or saved["data"])))
-    if images.fingerprint != pipelines[0].data["fingerprint"]:
-        raise UserError("the training images are not those of the runs: give theirs with --data")
+    if any(pipeline.data["fingerprint"] != images.fingerprint for pipeline in pipelines):
+        raise UserError("the training images are not those of all the runs: give theirs with --data, or --dataset")
+    lengths = {seen for p in pipelines for stage, seen in p.describe()["images_seen"].items() if stage != "prior"}
+    if len(lengths) > 1:
+        print(f"Warning: the networks have seen {sorted(lengths)} images: not the same compute.", file=sys.stderr)
 
     protocol = dict(dataset=dataset, features=label, weights=network.sha256, resize="TF1 bilinear to 299"
                     if dataset != "shapes" else "none", n_real=len(images), n_generated=n, k=3,
                     is_block=5000, precision_recall_real=min(10_000, len(images)), seed=args.seed,
                     reference=images.fingerprint, resolution=saved["resolution"])
-    real = cached(folder / "features", ["real", network.sha256, images.fingerprint], lambda: extract(
-        (images.pixels[i:i + 250] for i in range(0, len(images), 250)), network, len(images), "training set",
-        10_000))
+    # A subset for precision and recall, drawn at random: files are sorted by name, and so by class.
+    order = np.random.RandomState(0).permutation(len(images))
+    real = cached(folder / "features", ["real, shuffled", network.sha256, images.fingerprint], lambda: extract(
+        (images.pixels[order[i:i + 250]] for i in range(0, len(images), 250)), network, len(images),
+        "training set", keep=10_000, logits=False))
     sets = [(p.method, p.describe(), p, seeds) for p in pipelines]
     if dataset == "shapes":                                   # the floor: other images of the same world
         index = torch.arange(len(images), len(images) + n)

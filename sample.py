@@ -8,7 +8,6 @@ Image i depends on seed + i alone, not on the batch. The same command again cont
 """
 import argparse
 import json
-import math
 import os
 import zipfile
 from pathlib import Path
@@ -41,6 +40,9 @@ class Pipeline:
             raise UserError(f"{files['prior']} and {files['image']} were trained on different images or "
                             f"embeddings: train both with the same settings")
         saved, self.data = self.main["config"], self.main["data"]
+        if any(c["config"]["a"] != saved["a"] for c in self.checkpoints.values()):
+            raise UserError(f"one of {' and '.join(map(str, files.values()))} was trained with classes and the other "
+                            f"without: train both with the same --a")
         churn = saved["churn"] if args.churn is None else args.churn
         steps, s_noise = args.steps or saved["steps"], args.s_noise
         self.sampler = twosdm.Sampler(steps, churn, s_noise=s_noise)
@@ -50,6 +52,8 @@ class Pipeline:
             raise UserError(f"--class {args.label}: " + (
                 f"the classes are 0 to {self.classes - 1}" if self.classes
                 else "this model was trained without classes (train.py --a class)"))
+        if args.label is not None and not self.data["class_counts"][args.label]:
+            raise UserError(f"--class {args.label}: no training image has this class")
         self.images = None
         if method == "oracle":
             config = twosdm.TrainConfig(**saved)
@@ -63,9 +67,9 @@ class Pipeline:
 
     def describe(self):
         """What the images depend on, for the record."""
-        return dict(method=self.method, dataset=self.main["dataset"], steps=self.sampler.steps,
+        return dict(sampler="Algorithm 2, streams by name", device=self.device.type, method=self.method, dataset=self.main["dataset"], steps=self.sampler.steps,
                     image_steps=self.image_sampler.steps, churn=self.sampler.s_churn,
-                    s_noise=self.sampler.s_noise, label=self.args.label, precision=self.args.precision,
+                    s_noise=self.sampler.s_noise, label=self.args.label, arithmetic=self.args.precision,
                     fingerprints=self.main["fingerprints"],
                     images_seen={s: c["seen"] for s, c in self.checkpoints.items()},
                     networks={s: twosdm.fingerprint(m) for s, m in self.models.items()})
@@ -76,7 +80,7 @@ class Pipeline:
         pool = np.arange(len(self.images)) if self.args.label is None else \
             np.flatnonzero(self.images.labels == self.args.label)
         for seed in seeds:
-            generator = torch.Generator().manual_seed(seed + twosdm.LABEL_STREAM)
+            generator = torch.Generator().manual_seed(twosdm.mix_seed("label", seed))
             rows.append(pool[int(torch.randint(len(pool), (), generator=generator))])
         return np.array(rows)
 
@@ -86,8 +90,8 @@ class Pipeline:
             drawn = torch.full((len(seeds),), self.args.label)
         else:
             shares = torch.tensor(self.data["class_counts"], dtype=torch.float64)
-            draws = [torch.multinomial(
-                shares, 1, generator=torch.Generator().manual_seed(s + twosdm.LABEL_STREAM)) for s in seeds]
+            draws = [torch.multinomial(shares, 1, generator=torch.Generator().manual_seed(
+                twosdm.mix_seed("label", seed))) for seed in seeds]
             drawn = torch.cat(draws)
         return F.one_hot(drawn, self.classes).float().to(self.device)
 
@@ -104,7 +108,8 @@ class Pipeline:
                 if self.classes:
                     a = F.one_hot(
                         torch.from_numpy(self.images.labels[rows]), self.classes).float().to(self.device)
-                y = self.embedder(self.images.batch(rows).to(self.device))
+                with torch.autocast(self.device.type, enabled=False):
+                    y = self.embedder(self.images.batch(rows).to(self.device))
                 x = twosdm.sample_images(self.models["image"], seeds, y, a, self.image_sampler)
             else:
                 x = twosdm.sample_images(self.models["baseline"], seeds, None, a, self.image_sampler)
@@ -126,10 +131,8 @@ def add_sampling_flags(parser):
     def at_least(low, kind):
         def number(text):
             value = kind(text)
-            if not value >= low:
-                raise argparse.ArgumentTypeError(f"{text} is too small: at least {low}")
-            if value == math.inf:
-                raise argparse.ArgumentTypeError(f"{text} is too large")
+            if not low <= value <= 2**31:
+                raise argparse.ArgumentTypeError(f"{text} is out of range: at least {low}, at most 2^31")
             return value
         return number
 

@@ -108,7 +108,7 @@ class Diffusion:
             self.module.to(memory_format=torch.channels_last)
 
     def draw(self, rows):
-        """All random numbers of a batch, row by row: however it is split into parts, the loss is the same."""
+        """All random numbers of a batch but dropout's, so that its loss is the same in one part or several."""
         draws = dict(view=torch.randint(self.config.views, (len(rows),)))
         if self.augment:
             draws["augment"] = self.augment.draw(len(rows))
@@ -131,7 +131,7 @@ class Diffusion:
             if self.bank is not None:
                 y = torch.from_numpy(self.bank[0, rows, :-9]).to(self.device)
             elif self.embedder is not None:
-                with torch.no_grad():
+                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):    # as the bank's
                     y = self.embedder(x)
             cond = twosdm.join(y, a)
         label = label if self.augment else None
@@ -163,10 +163,12 @@ def train(config, device):
     checkpoint = twosdm.load_checkpoint(path, stage=config.stage) if path.exists() else None
     if checkpoint:
         same_run(checkpoint, identity, path)
-        if checkpoint["seen"] >= config.images:
-            print(f"{config.stage}: done, {checkpoint['seen']:,} images seen ({path})")
-            return True
     images = twosdm.load_images(config)
+    if checkpoint and checkpoint["fingerprints"]["images"] != images.fingerprint:
+        raise UserError(f"{path} was trained with other images: give the same ones, or another --runs folder")
+    if checkpoint and checkpoint["seen"] >= config.images:
+        print(f"{config.stage}: done, {checkpoint['seen']:,} images seen ({path})")
+        return True
     torch.manual_seed(config.seed)
     if config.stage == "embedder":
         job, embedder = Embedding(config, images, device), None
@@ -183,11 +185,8 @@ def train(config, device):
                                  fused=device.type == "cuda")
     seen, seconds = 0, 0.0
     if checkpoint:
-        for name, value in (("images", described["fingerprint"]),
-                            ("embedder", packed and packed["fingerprint"])):
-            if checkpoint["fingerprints"][name] != value:
-                raise UserError(f"{path} was trained with other {name}: give the same ones, "
-                                f"or another --runs folder")
+        if checkpoint["fingerprints"]["embedder"] != (packed and packed["fingerprint"]):
+            raise UserError(f"{path} was trained with another embedder: give the same one, or another --runs folder")
         module.load_state_dict(checkpoint["net"])
         ema.net.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -201,17 +200,18 @@ def train(config, device):
             net=module.state_dict(), ema=ema.net.state_dict(), optimizer=optimizer.state_dict(),
             fingerprints=dict(images=described["fingerprint"], embedder=packed and packed["fingerprint"]))
 
-    order, stop, meter = twosdm.Order(len(images), config.seed), Stop(), Meter(config)
-    part = config.batch_gpu or config.batch
+    order, meter = twosdm.Order(len(images), config.seed), Meter()
+    # The contrastive loss compares all examples of a batch: it cannot be split.
+    part = config.batch if config.stage == "embedder" else config.batch_gpu or config.batch
     bar = tqdm(total=config.images, initial=seen, desc=f"{config.stage:>8}", unit=" images", unit_scale=True,
                smoothing=0.02)
-    with bar:
+    with bar, Stop() as stop:
         while seen < config.images:
             # All randomness follows from (seed, images seen): a resumed run repeats what the first would do.
-            torch.manual_seed(twosdm.mix_seed(config.seed, seen))
+            torch.manual_seed(twosdm.mix_seed("step", config.seed, seen))
             began, rows = time.perf_counter(), order[seen:seen + config.batch]
             draws = job.draw(rows)
-            for group in optimizer.param_groups:      # Table of recipes: linear ramp, then constant
+            for group in optimizer.param_groups:      # a linear ramp, then constant
                 group["lr"] = config.lr * min((seen + config.batch) / max(config.lr_ramp, 1), 1)
             optimizer.zero_grad(set_to_none=True)
             for i in range(0, len(rows), part):
@@ -232,11 +232,11 @@ def train(config, device):
                 save()
             if config.preview and (due(seen, config.batch, config.preview) or last):
                 job.preview(ema.net, folder / f"samples-{seen:09d}.png")
-            if stop.asked and not last:
-                bar.close()
-                print(f"stopped at {seen:,} images and saved {path}: the same command goes on from there",
-                      file=sys.stderr)
-                return False
+            if stop.asked:
+                break
+    if stop.asked:
+        print(f"stopped at {seen:,} images and saved {path}: the same command goes on from there", file=sys.stderr)
+        return False
     print(f"{config.stage}: {seen:,} images in {seconds:.0f} s -> {folder}")
     return True
 
@@ -258,6 +258,8 @@ def identify(config):
 
 def same_run(checkpoint, identity, path):
     """Refuses to go on with a run under other settings than it began with."""
+    if "identity" not in checkpoint:                  # fitted, not trained: that of `--embedder pixels`
+        raise UserError(f"{path} is another embedder: give another --runs folder")
     other = {k: (checkpoint["identity"].get(k), v) for k, v in identity.items()
              if checkpoint["identity"].get(k) != v}
     if other:
@@ -286,6 +288,7 @@ def get_embedder(config, images, device):
     if not path.exists():
         raise UserError("the embedder of shapes is not trained yet: python train.py --stage embedder")
     checkpoint = twosdm.load_checkpoint(path, stage="embedder")
+    same_run(checkpoint, {}, path)
     if checkpoint["seen"] < checkpoint["config"]["images"]:
         raise UserError("the embedder of shapes is half trained: "
                         "python train.py --stage embedder goes on with it")
@@ -295,10 +298,9 @@ def get_embedder(config, images, device):
 
 
 class Meter:
-    """What log.jsonl holds, one line per config.log images; sums stay on the device until then."""
+    """What log.jsonl holds, one line per config.log images."""
 
-    def __init__(self, config):
-        self.config, self.began = config, time.perf_counter()
+    def __init__(self):
         self.clear()
 
     def clear(self):
@@ -352,16 +354,20 @@ def start_log(path, seen):
 
 
 class Stop:
-    """SIGTERM or Ctrl-C: finish the step, save and leave. A second Ctrl-C leaves at once."""
+    """While it lasts, SIGTERM or Ctrl-C only ask: finish the step, save and leave. The second leaves at once."""
+    signals = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self):
-        self.asked = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
+    def __enter__(self):
+        self.asked, self.before = False, [signal.signal(number, self.ask) for number in self.signals]
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in zip(self.signals, self.before):
+            signal.signal(number, handler)
 
     def ask(self, number, frame):
-        self.asked = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        self.asked = True
+        self.__exit__()
 
 
 def main():

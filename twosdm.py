@@ -105,16 +105,16 @@ class TrainConfig:
     batch: int = option(256, "images per optimiser step", low=1)
     batch_gpu: int = option(0, "images per forward pass, to save memory; 0 = the whole batch",
                             low=0, fixed=False)
-    lr: float = option(2e-4, "Adam's step size after the ramp", low=0)
+    lr: float = option(2e-4, "Adam's step size after the ramp", low=0, high=1)
     lr_ramp: int = option(10_000_000, "images over which the step size rises from 0", low=0)
     ema_half_life: int = option(500_000, "half-life of the weights' moving average, in images", low=0)
     ema_ramp: float = option(0.05, "half-life at most this share of the images seen", low=0)
     augment: float = option(0.0, "probability of each geometric augmentation", low=0, high=1)
     views: int = option(32, "augmented views per image that the prior is trained on", low=1)
-    seed: int = option(0, "seed of everything random", low=0)
+    seed: int = option(0, "seed of everything random", low=0, high=2**31)
     # Defaults of sampling, kept in the checkpoint
     steps: int = option(40, "sampling steps (2·steps - 1 network evaluations)", low=2, fixed=False)
-    churn: float = option(50.0, "S_churn of the sampler; 0 = deterministic", low=0, fixed=False)
+    churn: float = option(50.0, "S_churn of the sampler; 0 = deterministic", low=0, high=1e9, fixed=False)
     # The machine
     device: str = option("auto", "auto = cuda, else mps, else cpu", fixed=False)
     precision: str = option("fp32", "of the networks' arithmetic; weights stay fp32",
@@ -126,6 +126,10 @@ class TrainConfig:
 
 
 K, M = 1_000, 1_000_000
+ARCHITECTURES = {                                     # EDM's networks for 64×64 images
+    "ddpm++": dict(width=128, mults=(1, 2, 2, 2), blocks=4, attention=(16,)),
+    "adm": dict(width=192, mults=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8)),
+}
 # Settings by data set; those under `stages` hold for one stage alone (the baseline has the image model's).
 PRESETS = {
     "shapes": dict(
@@ -135,12 +139,12 @@ PRESETS = {
             prior=dict(images=250 * K, lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4),
             image=dict(images=44 * K, batch=32, lr=4e-3, width=24, mults=(1, 2, 2), blocks=1,
                        attention=(4,)))),
-    "folder": dict(
-        resolution=32, augment=0.15, lr_ramp=20 * K, log=5 * K, preview=20 * K, save=20 * K,
+    "folder": dict(                                   # minutes on a CPU; on a GPU, give the U-Net more width
+        resolution=32, augment=0.15, lr_ramp=4 * K, log=2 * K, preview=6 * K, save=6 * K,
         stages=dict(
-            prior=dict(images=1 * M, lr=3e-4, prior_width=256, prior_depth=4),
-            image=dict(images=200 * K, batch=64, lr=5e-4, width=64, mults=(1, 2, 2), blocks=2,
-                       attention=(16, 8), dropout=0.05))),
+            prior=dict(images=400 * K, lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4),
+            image=dict(images=25 * K, batch=32, lr=2e-3, width=24, mults=(1, 2, 2), blocks=1,
+                       attention=(8,), dropout=0.05))),
     "afhq": dict(
         resolution=64, augment=0.15,
         stages=dict(prior=dict(lr=1e-4), image=dict(dropout=0.25))),
@@ -156,6 +160,8 @@ def configure(dataset="shapes", stage="image", **changes):
         raise UserError(f"--dataset {dataset} is unknown: choose one of {', '.join(PRESETS)}")
     chosen = dict(PRESETS[dataset])
     chosen |= chosen.pop("stages").get({"baseline": "image", "all": "image"}.get(stage, stage), {})
+    if changes.get("arch", "ddpm++") != chosen.get("arch", "ddpm++"):     # another net has other sizes
+        chosen |= ARCHITECTURES.get(changes["arch"], {})
     config = TrainConfig(**(chosen | dict(dataset=dataset, stage=stage) | changes))
     for f in dataclasses.fields(config):
         value, (low, high, choices) = getattr(config, f.name), (
@@ -169,12 +175,13 @@ def configure(dataset="shapes", stage="image", **changes):
                             + (f" and at most {high}" if high is not None else ""))
         if f.type is tuple and (not numbers or any(n < 1 for n in numbers)):
             raise UserError(f"{flag} {value}: give whole numbers of at least 1, as in 1,2,2")
-    halvings = 2 ** (len(config.mults) - 1)
-    for flag, value, divisor in (("--resolution", config.resolution, halvings), ("--width", config.width, 4),
-                                 ("--prior-width", config.prior_width, config.prior_heads)):
+    for flag, value, divisor, why in (
+            ("--resolution", config.resolution, 2 ** (len(config.mults) - 1), "to be halved at each level"),
+            ("--width", config.width, 64 if config.arch == "adm" else 4, "the size of a group or head"),
+            ("--prior-width", config.prior_width, config.prior_heads, "the number of --prior-heads"),
+            ("--prior-width", config.prior_width, 4, "for its sinusoids")):
         if value % divisor:
-            raise UserError(f"{flag} {value} must be divisible by {divisor}" + (
-                f", the {config.prior_heads} of --prior-heads" if flag == "--prior-width" else ""))
+            raise UserError(f"{flag} {value} must be divisible by {divisor}, {why}")
     return config
 
 
@@ -182,7 +189,7 @@ def count(text):
     """'25M' -> 25000000: a whole number with an optional suffix k, M or G."""
     factor = {"k": K, "m": M, "g": K * M}.get(text[-1:].lower())
     number = float(text[:-1] if factor else text) * (factor or 1)
-    if number != int(number):
+    if not math.isfinite(number) or number != int(number):
         raise ValueError(text)
     return int(number)
 
@@ -335,11 +342,6 @@ class Sampler:
                            noise.randn_like).float()
 
 
-# Departure: the authors give the image model the prior's seed plus one, so that sample i's image and sample
-# i+1's embedding start from the same random numbers. A large offset keeps the two streams apart.
-IMAGE_STREAM, LABEL_STREAM = 2**40, 2**41
-
-
 def join(*parts):
     """y ⊕ a, the condition of Eq. 5: concatenates what is there (embedding first); None if nothing is."""
     parts = [p.float() for p in parts if p is not None]
@@ -354,7 +356,9 @@ def sample_embeddings(prior, seeds, a, sampler):
 def sample_images(image_model, seeds, y, a, sampler):
     """Stage 2: x ~ p_image(x | y, a). y (B, D), or None for plain EDM -> (B, C, H, W), about [-1, 1]."""
     shape = (image_model.net.channels, image_model.net.resolution, image_model.net.resolution)
-    return sampler(image_model, shape, [seed + IMAGE_STREAM for seed in seeds], join(y, a))
+    # Departure: the authors give the image model the prior's seed plus one, so that sample i's image and sample
+    # i+1's embedding start from the same random numbers. Seeds of a stream of their own never meet the prior's.
+    return sampler(image_model, shape, [mix_seed("image", seed) for seed in seeds], join(y, a))
 
 
 def sample_two_stage(prior, image_model, seeds, a=None, sampler=Sampler(), image_sampler=None):
@@ -388,6 +392,11 @@ def noise_features(c_noise, dim, adm=False):
 
 
 attend = F.scaled_dot_product_attention                # softmax(q kᵀ / √d) v over (B, heads, tokens, d)
+
+
+def group_norm(channels, eps):
+    """GroupNorm with 32 groups, or of four channels each if there are less than 128 channels."""
+    return nn.GroupNorm(math.gcd(min(32, channels // 4), channels), channels, eps)
 
 
 @torch.no_grad()
@@ -487,14 +496,14 @@ class UNetBlock(nn.Module):
         eps, self.adm, self.heads = 1e-5 if adm else 1e-6, adm, heads
         self.cin, self.cout, self.resample, self.dropout = cin, cout, resample, dropout
         self.skip_scale = 1.0 if adm else math.sqrt(0.5)
-        self.norm0 = nn.GroupNorm(min(32, cin // 4), cin, eps)
+        self.norm0 = group_norm(cin, eps)
         self.conv0 = nn.Conv2d(cin, cout, 3, padding=1)
         self.affine = nn.Linear(emb_dim, 2 * cout if adm else cout)
-        self.norm1 = nn.GroupNorm(min(32, cout // 4), cout, eps)
+        self.norm1 = group_norm(cout, eps)
         self.conv1 = nn.Conv2d(cout, cout, 3, padding=1)
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout or (resample and not adm) else None
         if heads:
-            self.norm2 = nn.GroupNorm(min(32, cout // 4), cout, eps)
+            self.norm2 = group_norm(cout, eps)
             self.qkv, self.proj = nn.Conv2d(cout, 3 * cout, 1), nn.Conv2d(cout, cout, 1)
 
     def resized(self, x):
@@ -535,10 +544,9 @@ class UNet(nn.Module):
         super().__init__()
         assert arch in ("ddpm++", "adm"), arch
         self.adm = adm = arch == "adm"
-        width = width or (192 if adm else 128)
-        mults = mults or ((1, 2, 3, 4) if adm else (1, 2, 2, 2))
-        blocks = blocks or (3 if adm else 4)
-        attention = (32, 16, 8) if attention is None and adm else (16,) if attention is None else attention
+        given = dict(width=width, mults=mults, blocks=blocks, attention=attention)
+        width, mults, blocks, attention = (
+            ARCHITECTURES[arch][name] if value is None else value for name, value in given.items())
         assert resolution % 2 ** (len(mults) - 1) == 0, (
             f"resolution {resolution} cannot be halved {len(mults) - 1} times")
         self.resolution, self.channels, self.width = resolution, channels, width
@@ -577,7 +585,7 @@ class UNet(nn.Module):
                 self.takes_skip.append(True)
                 c = width * mult
         assert not skips
-        self.out_norm = nn.GroupNorm(min(32, c // 4), c, 1e-5 if adm else 1e-6)
+        self.out_norm = group_norm(c, 1e-5 if adm else 1e-6)
         self.out_conv = nn.Conv2d(c, channels, 3, padding=1)
         self.initialise()
 
@@ -841,21 +849,23 @@ def embedding_bank(images, embedder, folder, augment=None, views=1, seed=0, devi
     part = path.with_suffix(".part")
     total, row = views * N, 4 * width
     with user_errors(f"the embeddings cannot be written to {folder}"):
-        if not path.exists():
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            done = part.stat().st_size // (row * batch) * batch if part.exists() else 0
-            with open(part, "ab") as file, tqdm(
-                    total=total, initial=done, desc="embeddings", unit=" images") as bar:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with locked(path.with_suffix(".lock")), contextlib.ExitStack() as open_files:
+            if not path.exists():
+                done = part.stat().st_size // (row * batch) * batch if part.exists() else 0
+                file = open_files.enter_context(open(part, "ab"))
+                bar = open_files.enter_context(tqdm(total=total, initial=done, desc="embeddings", unit=" images"))
                 file.truncate(done * row)
                 for start in range(done, total, batch):
                     rows = np.arange(start, min(start + batch, total))
                     x, labels = images.batch(rows % N).to(device), torch.zeros(len(rows), 9)
                     if augment:
-                        generator = torch.Generator().manual_seed(mix_seed(seed, start))
-                        x, labels = augment(x, augment.draw(len(rows), generator).to(device))
+                        generator = torch.Generator().manual_seed(mix_seed("views", seed, start))
+                        x, labels = augment(x, augment.draw(len(rows), generator))
                     file.write(torch.cat([embedder(x).float(), labels.to(device)], 1).cpu().numpy().tobytes())
                     bar.update(len(rows))
-            os.replace(part, path)
+                open_files.close()
+                os.replace(part, path)
     return np.memmap(path, np.float32, "r", shape=(views, N, width))
 
 
@@ -1015,14 +1025,14 @@ class Order:
             if position // self.size != self.epoch:
                 self.epoch = position // self.size
                 self.rows = torch.randperm(self.size, generator=torch.Generator().manual_seed(
-                    mix_seed(self.seed, self.epoch))).numpy()
+                    mix_seed("order", self.seed, self.epoch))).numpy()
             rows.append(self.rows[position % self.size])
         return np.array(rows, np.int64)
 
 
-def mix_seed(*numbers):
-    """Whole numbers -> one seed of 63 bits that depends on each of them and on their order."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
+def mix_seed(*parts):
+    """The name of a random stream and numbers -> a seed. 32 bits: torch's generator on a CPU takes no more."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
 
 
 # The low-pass filter of the orthogonal wavelet sym6, here with sum 1 (Daubechies, Ten Lectures, table 6.3).
@@ -1080,10 +1090,10 @@ class Augment:
         for bit, dim in ((x_flip, 3), (y_flip, 2)):
             images = torch.where(bit.to(device)[:, None, None, None] > 0, images.flip(dim), images)
         if len(rows):
-            inverse, offset, rows_there = (t.to(device, non_blocking=True)
+            inverse, offset, rows_there = (t.to(device)
                                            for t in (inverse[rows], offset[rows], rows))
             images = images.index_copy(0, rows_there, resample(images[rows_there], inverse, offset))
-        return images, labels.to(device, non_blocking=True)
+        return images, labels.to(device)
 
 
 def rotation(angle):
@@ -1252,7 +1262,6 @@ def image_grid(pixels, columns):
 
 def save_picture(path, pixels, least=0):
     """(H, W, 3) uint8 -> a PNG, whole or not at all; magnified by a whole factor to `least` pixels' width."""
-    from PIL import Image
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     factor = max(1, -(-least // picture.width))
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
@@ -1264,13 +1273,20 @@ def save_picture(path, pixels, least=0):
 
 def run(main):
     """Runs a script's main; a mistake of the user's ends in one sentence and exit code 1, no traceback."""
+    code = 1
     try:
-        sys.exit(main())
+        code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print("error: out of the device's memory: give a smaller --batch (when training, --batch-gpu, which "
+              "changes no result)", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+        print("\nstopped: the same command goes on from what is finished", file=sys.stderr)
     except BrokenPipeError:                           # as in `python evaluate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(1)
+    sys.exit(code)
 
 
 # ============================================================================================================
@@ -1473,9 +1489,9 @@ def read_chunks(source, chunks, resolution, workers):
 def prepare_images(source, resolution, cache, skip_bad=False, workers=None):
     """All images of a folder or zip as `Images` at R x R, prepared once in the folder `cache`, then mapped.
 
-    A cache holds one data set at one resolution. It is used again only if names, sizes and times of the files
-    (in a zip: checksums), labels and recipe are the same, and replaced otherwise. An interrupted preparation
-    goes on where it stopped. Bad images are named at the end, by a UserError unless `skip_bad`.
+    What was prepared is used again only if names, sizes and times of the files (in a zip: checksums), labels
+    and recipe are the same; otherwise it is prepared anew beside the old. An interrupted preparation goes on
+    where it stopped. Bad images are named at the end, by a UserError unless `skip_bad`.
     """
     if resolution < 1 or (workers is not None and workers < 1):
         raise UserError("the resolution and the number of workers must be at least 1")
@@ -1529,7 +1545,7 @@ def locked(path):
 def read_cache(cache, key):
     """The JSON of a complete cache that fits the key, or None."""
     try:
-        info = json.loads((cache / "images.json").read_text())
+        info = json.loads((cache / f"images-{key}.json").read_text())
         size = info["count"] * 3 * info["resolution"] ** 2
         return info if info["key"] == key and (cache / info["pixels"]).stat().st_size == size else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -1583,9 +1599,8 @@ def write_cache(source, entries, labels, recipe, key, cache, workers):
             content.update(block)
     info = dict(recipe, name=str(source), count=rows, enlarged=enlarged, bad=bad, pixels=target.name,
                 sha256=content.hexdigest(), key=key)
-    (cache / "images.json.new").write_text(json.dumps(info, indent=1))
-    os.replace(cache / "images.json.new", cache / "images.json")
-    for old in set(cache.glob("pixels-*")) - {target}:
-        with contextlib.suppress(OSError):           # Windows keeps a file that is mapped
-            old.unlink()
+    described = cache / f"images-{key}.json"
+    described.with_suffix(".new").write_text(json.dumps(info, indent=1))
+    os.replace(described.with_suffix(".new"), described)
+    progress.unlink()
     return info

@@ -176,12 +176,12 @@ def test_bad_images_are_named_counted_and_skipped_on_request(tmp_path, capsys):
     with pytest.raises(UserError, match="6 of 8 images.*x/cut.jpg.*and 1 more") as error:
         prepare_images(source, 8, tmp_path / "cache", workers=1)
     assert "\n" not in str(error.value) and "1x1 pixels" in str(error.value) and "0x" not in str(error.value)
-    before = (tmp_path / "cache" / "images.json").stat().st_mtime_ns
+    before = next((tmp_path / "cache").glob("images-*.json")).stat().st_mtime_ns
     images = prepare_images(source, 8, tmp_path / "cache", skip_bad=True, workers=1)
     assert len(images) == 2 and images.labels.tolist() == [0, 1]
     assert {name for _, name, _ in images.info["bad"]} == {f"x/{name}" for name in bad}
     assert (images.pixels[1] == square(noise(1))).all()
-    assert before == (tmp_path / "cache" / "images.json").stat().st_mtime_ns       # nothing was done twice
+    assert before == next((tmp_path / "cache").glob("images-*.json")).stat().st_mtime_ns       # nothing was done twice
     for name in ("x/0.png", "y/9.png"):
         (source / name).unlink()
     with pytest.raises(UserError, match="6 of 6"):
@@ -241,7 +241,7 @@ def test_a_disk_that_fills_up_is_said_and_resumed(tmp_path):
     run = subprocess.run([sys.executable, "-c", code, source, tmp_path / "cache"], capture_output=True,
                          text=True, cwd=Path(data.__file__).parent)
     assert run.stdout.startswith("cannot write to") and run.stdout.count("\n") == 1, run.stderr
-    assert not (tmp_path / "cache" / "images.json").exists()
+    assert not list((tmp_path / "cache").glob("images-*.json"))
     resumed = prepare_images(source, 8, tmp_path / "cache", workers=1)
     assert (resumed.pixels == prepare_images(source, 8, tmp_path / "other", workers=1).pixels).all()
 
@@ -269,7 +269,7 @@ def test_an_interrupted_preparation_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "read_square", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare_images(source, 8, cache, skip_bad=True, workers=1)
-    assert not (cache / "images.json").exists()
+    assert not list(cache.glob("images-*.json"))
     with open(next(cache.glob("*.u8")), "ab") as file:
         file.write(b"half an image")
     with open(next(cache.glob("*.progress")), "a") as file:
@@ -298,7 +298,7 @@ def test_killed_at_any_moment_the_cache_is_resumed(tmp_path, workers):
         process.wait()
     resumed = prepare_images(source, 8, cache, workers=1)
     assert (resumed.pixels == prepare_images(source, 8, tmp_path / "other", workers=1).pixels).all()
-    assert {file.name for file in cache.iterdir()} >= {"images.json", resumed.info["pixels"]}
+    assert (cache / resumed.info["pixels"]).exists() and list(cache.glob("images-*.json"))
 
 
 def test_a_cache_is_used_again_only_if_it_matches(tmp_path, monkeypatch):
@@ -314,19 +314,20 @@ def test_a_cache_is_used_again_only_if_it_matches(tmp_path, monkeypatch):
     first, count = prepare()
     again, count = prepare()
     assert count == 1 and again.fingerprint == first.fingerprint
-    assert prepare(resolution=6)[1] == 2 and prepare()[1] == 3         # another resolution
+    assert prepare(resolution=6)[1] == 2 and prepare()[1] == 2         # another resolution, beside the first
     folder(source, ["a.png"], start=7)
     os.utime(source / "a.png", ns=(1, 1))
     changed, count = prepare()                                         # another image under the same name
-    assert count == 4 and changed.fingerprint != first.fingerprint
+    assert count == 3 and changed.fingerprint != first.fingerprint
     assert (changed.pixels[0] == square(noise(7))).all()
+    assert (cache / first.info["pixels"]).exists()                     # nothing is lost
     folder(source, ["c.png"])
-    assert len(prepare()[0]) == 3 and len(built) == 5                  # one image more
-    assert len(list(cache.glob("pixels-*.u8"))) == 1                   # the old ones are gone
-    (cache / "images.json").write_text("{")
-    assert len(prepare()[0]) == 3 and len(built) == 6                  # a damaged description
-    os.truncate(next(cache.glob("pixels-*.u8")), 100)
-    assert (prepare()[0].pixels[0] == square(noise(7))).all() and len(built) == 7      # pixels cut short
+    latest, count = prepare()
+    assert len(latest) == 3 and count == 4                             # one image more
+    (cache / f"images-{latest.info['key']}.json").write_text("{")
+    assert len(prepare()[0]) == 3 and len(built) == 5                  # a damaged description
+    os.truncate(cache / latest.info["pixels"], 100)
+    assert (prepare()[0].pixels[0] == square(noise(7))).all() and len(built) == 6      # pixels cut short
     source.rename(tmp_path / "moved")
     source = tmp_path / "moved"
-    assert prepare()[1] == 7                                           # the same files elsewhere
+    assert prepare()[1] == 6                                           # the same files elsewhere

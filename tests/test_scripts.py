@@ -268,7 +268,7 @@ def test_another_embedder_is_refused(trained, call, tmp_path):
     shutil.rmtree(tmp_path / "runs/shapes/embedder")
     assert call(train, *TINY, "--stage", "embedder", "--images", 56, cwd=tmp_path)[0] == 0
     refused(call(train, *TINY, "--stage", "image", "--images", 96, cwd=tmp_path),
-            "trained with other embedder")
+            "trained with another embedder")
     shutil.rmtree(tmp_path / "runs/shapes/image")
     assert call(train, *TINY, "--stage", "image", cwd=tmp_path)[0] == 0
     refused(call(sample, "--n", 1, cwd=tmp_path), "different images or embeddings")
