@@ -575,10 +575,13 @@ def main():
         network, label = InceptionFeatures(args.inception_weights).to(device), "Inception 2015-12-05"
     images = twosdm.load_images(twosdm.TrainConfig(**dict(saved, data=args.data or saved["data"])))
     if any(pipeline.data["fingerprint"] != images.fingerprint for pipeline in pipelines):
-        raise UserError("the training images are not those of all the runs: give theirs with --data, or --dataset")
-    lengths = {seen for p in pipelines for stage, seen in p.describe()["images_seen"].items() if stage != "prior"}
+        raise UserError("the training images are not those of all the runs: give theirs with --data, or "
+                        "--dataset")
+    lengths = {seen for p in pipelines for stage, seen in p.describe()["images_seen"].items()
+               if stage != "prior"}
     if len(lengths) > 1:
-        print(f"Warning: the networks have seen {sorted(lengths)} images: not the same compute.", file=sys.stderr)
+        print(f"Warning: the networks have seen {sorted(lengths)} images: not the same compute.",
+              file=sys.stderr)
 
     protocol = dict(dataset=dataset, features=label, weights=network.sha256, resize="TF1 bilinear to 299"
                     if dataset != "shapes" else "none", n_real=len(images), n_generated=n, k=3,
@@ -586,9 +589,10 @@ def main():
                     reference=images.fingerprint, resolution=saved["resolution"])
     # A subset for precision and recall, drawn at random: files are sorted by name, and so by class.
     order = np.random.RandomState(0).permutation(len(images))
-    real = cached(folder / "features", ["real, shuffled", network.sha256, images.fingerprint], lambda: extract(
-        (images.pixels[order[i:i + 250]] for i in range(0, len(images), 250)), network, len(images),
-        "training set", keep=10_000, logits=False))
+    real = cached(
+        folder / "features", ["real, shuffled", network.sha256, images.fingerprint], lambda: extract(
+            (images.pixels[order[i:i + 250]] for i in range(0, len(images), 250)), network, len(images),
+            "training set", keep=10_000, logits=False))
     sets = [(p.method, p.describe(), p, seeds) for p in pipelines]
     if dataset == "shapes":                                   # the floor: other images of the same world
         index = torch.arange(len(images), len(images) + n)
@@ -614,8 +618,8 @@ def main():
     print(table(results, metrics))
     for name, dims in ("fid", len(real["mu"])), ("sfid", len(real["mu_s"])):
         if name in metrics and n <= dims:
-            print(f"Warning: {n} samples for the {dims} dimensions of {HEADINGS[name]}: it is biased upwards, "
-                  f"compare it at equal n only.", file=sys.stderr)
+            print(f"Warning: {n} samples for the {dims} dimensions of {HEADINGS[name]}: it is biased "
+                  f"upwards, compare it at equal n only.", file=sys.stderr)
     if args.json:
         with twosdm.user_errors(f"{args.json} cannot be written"):
             fresh = Path(args.json + ".new")

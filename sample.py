@@ -41,8 +41,8 @@ class Pipeline:
                             f"embeddings: train both with the same settings")
         saved, self.data = self.main["config"], self.main["data"]
         if any(c["config"]["a"] != saved["a"] for c in self.checkpoints.values()):
-            raise UserError(f"one of {' and '.join(map(str, files.values()))} was trained with classes and the other "
-                            f"without: train both with the same --a")
+            raise UserError(f"one of {' and '.join(map(str, files.values()))} was trained with classes and "
+                            f"the other without: train both with the same --a")
         churn = saved["churn"] if args.churn is None else args.churn
         steps, s_noise = args.steps or saved["steps"], args.s_noise
         self.sampler = twosdm.Sampler(steps, churn, s_noise=s_noise)
@@ -67,7 +67,8 @@ class Pipeline:
 
     def describe(self):
         """What the images depend on, for the record."""
-        return dict(sampler="Algorithm 2, streams by name", device=self.device.type, method=self.method, dataset=self.main["dataset"], steps=self.sampler.steps,
+        return dict(sampler="Algorithm 2, streams by name", device=self.device.type, method=self.method,
+                    dataset=self.main["dataset"], steps=self.sampler.steps,
                     image_steps=self.image_sampler.steps, churn=self.sampler.s_churn,
                     s_noise=self.sampler.s_noise, label=self.args.label, arithmetic=self.args.precision,
                     fingerprints=self.main["fingerprints"],

@@ -70,12 +70,14 @@ class Embedding:
         held_out = self.embed(module, twosdm.shapes_world(fresh, self.config.resolution, seed))
         y, truth = y * factor, twosdm.shapes_attributes(torch.arange(size), seed)
         accuracy = {}
-        for name, kinds in twosdm.ATTRIBUTES.items():         # least squares from [y, 1] to the one-hot attribute
-            probe = torch.linalg.lstsq(F.pad(y, (0, 1), value=1), F.one_hot(truth[name], kinds).float()).solution
+        for name, kinds in twosdm.ATTRIBUTES.items():  # least squares from [y, 1] to the one-hot attribute
+            probe = torch.linalg.lstsq(F.pad(y, (0, 1), value=1),
+                                       F.one_hot(truth[name], kinds).float()).solution
             guess = (F.pad(held_out, (0, 1), value=1) @ probe).argmax(1)
             right = (guess == twosdm.shapes_attributes(fresh, seed)[name]).float().mean().item()
             accuracy[name] = round(right, 4)
-        print("\na linear probe on held-out images reads " + ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items()))
+        print("\na linear probe on held-out images reads "
+              + ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items()))
         return dict(linear_probe=accuracy)
 
     def preview(self, module, path):
@@ -108,7 +110,7 @@ class Diffusion:
             self.module.to(memory_format=torch.channels_last)
 
     def draw(self, rows):
-        """All random numbers of a batch but dropout's, so that its loss is the same in one part or several."""
+        """All random numbers of a batch but dropout's, so its loss is the same in one part or several."""
         draws = dict(view=torch.randint(self.config.views, (len(rows),)))
         if self.augment:
             draws["augment"] = self.augment.draw(len(rows))
@@ -186,7 +188,8 @@ def train(config, device):
     seen, seconds = 0, 0.0
     if checkpoint:
         if checkpoint["fingerprints"]["embedder"] != (packed and packed["fingerprint"]):
-            raise UserError(f"{path} was trained with another embedder: give the same one, or another --runs folder")
+            raise UserError(f"{path} was trained with another embedder: give the same one, or another "
+                            f"--runs folder")
         module.load_state_dict(checkpoint["net"])
         ema.net.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -211,7 +214,8 @@ def train(config, device):
             torch.manual_seed(twosdm.mix_seed("step", config.seed, seen))
             began, rows = time.perf_counter(), order[seen:seen + config.batch]
             draws = job.draw(rows)
-            for group in optimizer.param_groups:      # a linear ramp, then constant
+            # A linear ramp, then constant; it counts this batch, so that the first step is not one of size 0.
+            for group in optimizer.param_groups:
                 group["lr"] = config.lr * min((seen + config.batch) / max(config.lr_ramp, 1), 1)
             optimizer.zero_grad(set_to_none=True)
             for i in range(0, len(rows), part):
@@ -235,7 +239,8 @@ def train(config, device):
             if stop.asked:
                 break
     if stop.asked:
-        print(f"stopped at {seen:,} images and saved {path}: the same command goes on from there", file=sys.stderr)
+        print(f"stopped at {seen:,} images and saved {path}: the same command goes on from there",
+              file=sys.stderr)
         return False
     print(f"{config.stage}: {seen:,} images in {seconds:.0f} s -> {folder}")
     return True
@@ -354,7 +359,7 @@ def start_log(path, seen):
 
 
 class Stop:
-    """While it lasts, SIGTERM or Ctrl-C only ask: finish the step, save and leave. The second leaves at once."""
+    """While it lasts, SIGTERM or Ctrl-C only ask: finish the step, save, leave. The second leaves at once."""
     signals = (signal.SIGTERM, signal.SIGINT)
 
     def __enter__(self):

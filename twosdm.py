@@ -356,8 +356,8 @@ def sample_embeddings(prior, seeds, a, sampler):
 def sample_images(image_model, seeds, y, a, sampler):
     """Stage 2: x ~ p_image(x | y, a). y (B, D), or None for plain EDM -> (B, C, H, W), about [-1, 1]."""
     shape = (image_model.net.channels, image_model.net.resolution, image_model.net.resolution)
-    # Departure: the authors give the image model the prior's seed plus one, so that sample i's image and sample
-    # i+1's embedding start from the same random numbers. Seeds of a stream of their own never meet the prior's.
+    # Departure: the authors give the image model the prior's seed plus one, so sample i's image and sample
+    # i+1's embedding start from the same random numbers. Seeds of their own stream never meet the prior's.
     return sampler(image_model, shape, [mix_seed("image", seed) for seed in seeds], join(y, a))
 
 
@@ -685,8 +685,8 @@ class ClipEmbedder(nn.Module):
         except Exception as error:                    # whatever a hub, a network or a damaged file raises
             wanted = "open_clip_model.safetensors of timm/vit_base_patch32_clip_224.openai on Hugging Face"
             remedy = (f"it should be {wanted}" if weights != "openai" else
-                      f"connect once so that open_clip can download them, or fetch {wanted} elsewhere and give "
-                      f"--clip-weights FILE; --embedder pixels needs none")
+                      f"connect once so that open_clip can download them, or fetch {wanted} elsewhere and "
+                      f"give --clip-weights FILE; --embedder pixels needs none")
             raise UserError(f"CLIP's weights '{weights}' cannot be loaded ({type(error).__name__}): "
                             f"{remedy}") from None
         self.model.eval().requires_grad_(False)
@@ -854,7 +854,8 @@ def embedding_bank(images, embedder, folder, augment=None, views=1, seed=0, devi
             if not path.exists():
                 done = part.stat().st_size // (row * batch) * batch if part.exists() else 0
                 file = open_files.enter_context(open(part, "ab"))
-                bar = open_files.enter_context(tqdm(total=total, initial=done, desc="embeddings", unit=" images"))
+                bar = open_files.enter_context(tqdm(total=total, initial=done, desc="embeddings",
+                                                    unit=" images"))
                 file.truncate(done * row)
                 for start in range(done, total, batch):
                     rows = np.arange(start, min(start + batch, total))
@@ -1031,7 +1032,7 @@ class Order:
 
 
 def mix_seed(*parts):
-    """The name of a random stream and numbers -> a seed. 32 bits: torch's generator on a CPU takes no more."""
+    """The name of a random stream and numbers -> a seed. 32 bits: torch's CPU generator takes no more."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
 
 

@@ -181,7 +181,7 @@ def test_bad_images_are_named_counted_and_skipped_on_request(tmp_path, capsys):
     assert len(images) == 2 and images.labels.tolist() == [0, 1]
     assert {name for _, name, _ in images.info["bad"]} == {f"x/{name}" for name in bad}
     assert (images.pixels[1] == square(noise(1))).all()
-    assert before == next((tmp_path / "cache").glob("images-*.json")).stat().st_mtime_ns       # nothing was done twice
+    assert before == next((tmp_path / "cache").glob("images-*.json")).stat().st_mtime_ns  # nothing done twice
     for name in ("x/0.png", "y/9.png"):
         (source / name).unlink()
     with pytest.raises(UserError, match="6 of 6"):

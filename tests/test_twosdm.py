@@ -340,7 +340,7 @@ def test_images_show_their_attributes():
     """At 64 pixels: the share of saturated pixels grows with the count; the objects' hue is the colour's."""
     index = torch.arange(300)
     a, images = twosdm.shapes_attributes(index), twosdm.shapes_images(index, 64).double() / 255
-    bright = images.max(3).values > 0.8                                                                # (N, H, W): the objects
+    bright = images.max(3).values > 0.8               # (N, H, W): the objects
     share = [bright[a["count"] == c].double().mean() for c in range(4)]
     assert all(x < y for x, y in zip(share, share[1:]))
     for i in range(50):
