@@ -840,7 +840,7 @@ def embedding_bank(images, embedder, folder, augment=None, views=1, seed=0, devi
 
     Computed once: the prior is tiny and CLIP is not, and trained from this bank it never waits for CLIP.
     View v of image i is an augmentation of its own; without augmentation there is one view. An interrupted
-    computation goes on where it was.
+    computation goes on where it was. Departure: the paper augments anew each time, here there are `views`.
     """
     views, width = views if augment else 1, embedder.dim + 9
     key = f"{fingerprint(embedder)}-{images.fingerprint}" + (
