@@ -383,8 +383,9 @@ def main():
     defaults = twosdm.configure(known.dataset, known.stage)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog=f"The defaults above are those of --dataset {known.dataset} --stage {known.stage}; "
-               f"data sets: {', '.join(twosdm.PRESETS)}.")
+        epilog=f"The defaults above are those of --dataset {known.dataset} --stage "
+               f"{'image; other stages have others: add --stage prior' if known.stage == 'all' else known.stage}. "
+               f"Data sets: {', '.join(twosdm.PRESETS)}.")
     twosdm.add_flags(parser, defaults)
     parser.add_argument("--dry-run", action="store_true",
                         help="print the settings and parameter counts as JSON")

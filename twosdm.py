@@ -18,8 +18,8 @@ Glossary
     EDM          Karras et al. 2022, *Elucidating the Design Space of Diffusion-Based Generative Models*
 
 Reading order: 1 configuration, 2 diffusion, 3 sampling, 4 two stages, 5 shared layers, 6 prior transformer,
-7 U-Net, 8 embeddings, 9 data, 10 plumbing, 11 preparing images. Sections 2 to 4 are the method; 5 to 9 are
-what it stands on; 10 and 11 can be left unread.
+7 U-Net, 8 embeddings, 9 data, 10 plumbing, 11 preparing images, 12 EDM's files. Sections 2 to 4 are the
+method; 5 to 9 are what it stands on; 10 to 12 can be left unread.
 """
 import concurrent.futures
 import contextlib
@@ -32,7 +32,9 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import posixpath
+import re
 import shutil
 import signal
 import sys
@@ -632,30 +634,6 @@ class UNet(nn.Module):
             x = block(torch.cat([x, skips.pop()], dim=1) if takes_skip else x, emb)
         assert not skips
         return self.out_conv(F.silu(self.out_norm(x)))                                    # (B, C, H, W)
-
-
-def from_edm_names(state):
-    """EDM's state dict -> one of `UNet`, without the condition's map: give it one of your own if y is added.
-
-    EDM names its blocks by resolution, in the order in which they run; here they are numbered. EDM
-    interleaves q, k and v: output channel (head, channel, {q,k,v}); here it is ({q,k,v}, head, channel).
-    """
-    blocks, result = {"enc": {}, "dec": {}}, {}
-    for name, tensor in state.items():
-        part, *rest = name.removeprefix("model.").split(".")
-        if "resample_filter" in name:                 # a constant
-            continue
-        if part in blocks and "_aux_" not in rest[0]:
-            number = blocks[part].setdefault(rest[0], len(blocks[part]))
-            rest = [str(number), *rest[1:]]
-        elif part in blocks:                          # dec.64x64_aux_norm -> out_norm
-            part, rest = "out_" + rest[0].split("_aux_")[1], rest[1:]
-        part = "map_cond" if part == "map_label" else part
-        if "qkv" in rest:
-            heads_and_channels = tensor.unflatten(0, (-1, 3))
-            tensor = heads_and_channels.transpose(0, 1).flatten(0, 1)
-        result[".".join([part, *rest])] = tensor.clone()
-    return result
 
 
 # ============================================================================================================
@@ -1605,3 +1583,160 @@ def write_cache(source, entries, labels, recipe, key, cache, workers):
     os.replace(described.with_suffix(".new"), described)
     progress.unlink()
     return info
+
+
+# ============================================================================================================
+# 12 EDM's published networks, read without running what is inside them
+# ============================================================================================================
+def load_edm_pickle(path):
+    """The weights of EDM's published `.pkl` -> a state dict of `UNet` (same architecture). Raises UserError."""
+    return from_edm_names(read_edm_pickle(path)[0])
+
+
+def from_edm_names(state):
+    """EDM's state dict -> one of `UNet`, without the condition's map: give it one of your own if y is added.
+
+    EDM names its blocks by resolution, in the order in which they run; here they are numbered. EDM
+    interleaves q, k and v: output channel (head, channel, {q,k,v}); here it is ({q,k,v}, head, channel).
+    """
+    blocks, result = {"enc": {}, "dec": {}}, {}
+    for name, tensor in state.items():
+        part, *rest = name.removeprefix("model.").split(".")
+        if "resample_filter" in name:                 # a constant
+            continue
+        if part in blocks and "_aux_" not in rest[0]:
+            number = blocks[part].setdefault(rest[0], len(blocks[part]))
+            rest = [str(number), *rest[1:]]
+        elif part in blocks:                          # dec.64x64_aux_norm -> out_norm
+            part, rest = "out_" + rest[0].split("_aux_")[1], rest[1:]
+        part = "map_cond" if part == "map_label" else part
+        if "qkv" in rest:
+            heads_and_channels = tensor.unflatten(0, (-1, 3))
+            tensor = heads_and_channels.transpose(0, 1).flatten(0, 1)
+        result[".".join([part, *rest])] = tensor.clone()
+    return result
+
+
+def read_edm_pickle(path):
+    """EDM's .pkl -> (state, settings) of its `ema` network.
+
+    state: EDM's tensor names ("model.enc.64x64_conv.weight", ...) -> tensors on the CPU. settings: class_name
+    and every plain entry (numbers, strings, lists and dicts of them) of the top object; settings["modules"]:
+    the same for each module, by name ("model", "model.enc.64x64_block0", ...). Raises UserError.
+    """
+    try:
+        with open(path, "rb") as file:
+            network = restricted_unpickler(file, path).load()["ema"]
+        state, modules = {}, {}
+        collect(network, "", state, modules)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened ({error.strerror}): check the path") from error
+    except Exception as error:                       # foreign, hostile or cut bytes fail in any way they like
+        raise UserError(f"{path} is not one of EDM's network pickles, or not a whole one "
+                        f"({type(error).__name__}): download it again") from error
+    if not state:
+        raise UserError(f"{path} holds no weights: give one of EDM's network pickles")
+    return state, dict(modules.pop(""), modules=modules)
+
+
+def restricted_unpickler(file, path):
+    """An unpickler that knows EDM's globals only, each replaced by something inert.
+
+    A pickle can call what it names with any arguments, set any attribute of what it holds, and call its
+    __setstate__. So it never holds a real tensor, storage, dtype or module, but `Inert` boxes; and classes
+    and functions are made anew for each file, so that nothing it sets on them outlives the reading.
+    """
+    class Inert:
+        """A module, whose value is its __dict__, or a tensor, or the storage of one."""
+        __slots__ = ("value", "class_name")
+
+        def __init__(self, value=None, class_name=None):
+            self.value, self.class_name = value, class_name
+
+        def __setstate__(self, value):
+            self.value = value
+
+    class Dtype(Inert):
+        """numpy's: its name is the first argument, its byte order the second entry of its state."""
+        __slots__ = ()
+
+        def __init__(self, name, *flags):
+            self.value = name
+
+        def __setstate__(self, fields):
+            self.value = fields[1].replace("|", "") + self.value
+
+    class EasyDict(dict):
+        __slots__ = ()
+
+        def __setstate__(self, ignored):
+            pass
+
+    def persistent(meta):                            # meta["module_src"], EDM's source code, is left unread
+        return Inert(meta["state"], meta["class_name"])
+
+    def storage(content):
+        try:
+            return Inert(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        except pickle.UnpicklingError as error:
+            name = re.search(r"GLOBAL (\S+)", str(error))         # in torch's words, without "builtins."
+            raise UserError(refusal(path, name[1] if name else "unknown code")) from error
+
+    def tensor(box, offset, size, stride, *ignored):
+        flat = torch.empty(0, dtype=box.value.dtype).set_(box.value)
+        return Inert(flat.as_strided(size, stride, offset).clone())       # raises if it leaves the storage
+
+    def parameter(box, *ignored):
+        return box
+
+    def scalar(dtype, content):                      # numbers only: object scalars would be pointers
+        if not re.fullmatch(r"[<>=]?[biuf][1248]", dtype.value):
+            raise ValueError(dtype.value)
+        return np.frombuffer(content, dtype.value, 1)[0].item()
+
+    known = {"torch_utils.persistence._reconstruct_persistent_obj": persistent,
+             "torch.nn.modules.container.ModuleDict": Inert, "dnnlib.util.EasyDict": EasyDict,
+             "collections.OrderedDict": EasyDict, "builtins.set": set,
+             "torch.storage._load_from_bytes": storage, "torch._utils._rebuild_tensor_v2": tensor,
+             "torch._utils._rebuild_parameter": parameter, "numpy.dtype": Dtype,
+             "numpy.core.multiarray.scalar": scalar, "numpy._core.multiarray.scalar": scalar}
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if f"{module}.{name}" not in known:
+                raise UserError(refusal(path, f"{module}.{name}"))
+            return known[f"{module}.{name}"]
+
+    return Unpickler(file)
+
+
+def refusal(path, name):
+    return f"{path} asks for {name}, which no pickle of EDM needs: nothing was run, do not trust this file"
+
+
+def collect(module, name, state, modules):
+    """Adds the tensors of a boxed module and those inside it to `state`, the plain entries to `modules`."""
+    fields = module.value
+    entries = {key: plain(value) for key, value in fields.items() if key[0] != "_" or key == "_init_kwargs"}
+    entries = {key: value for key, value in entries.items() if value is not None}
+    modules[name] = dict(entries, class_name=getattr(module, "class_name", None) or "ModuleDict")
+    prefix = f"{name}." if name else ""
+    for key, box in [*fields["_parameters"].items(), *fields["_buffers"].items()]:
+        if box is not None:
+            assert isinstance(box.value, torch.Tensor)
+            state[prefix + key] = box.value
+    for key, inner in fields["_modules"].items():
+        if inner is not None:
+            collect(inner, prefix + key, state, modules)
+
+
+def plain(value):
+    """What of the value is made of numbers, strings, lists and dicts; None if nothing is."""
+    if isinstance(value, dict):
+        kept = {key: plain(inner) for key, inner in value.items() if isinstance(key, str)}
+        return {key: inner for key, inner in kept.items() if inner is not None}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return value if isinstance(value, (bool, int, float, str)) else None

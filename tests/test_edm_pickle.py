@@ -1,0 +1,260 @@
+"""Reading EDM's pickles: the weights come out, and nothing inside is ever run."""
+import io
+import os
+import pickle
+import subprocess
+import sys
+import types
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+
+import twosdm
+from test_twosdm import edm_tiny, edm_weights
+from twosdm import UserError, read_edm_pickle
+
+
+class Call:
+    """Pickles as a call of `function` with `args`, and as `state` to build onto the result."""
+
+    def __init__(self, function, *args, state=None):
+        self.reduced = (function, args, state) if state is not None else (function, args)
+
+    def __reduce__(self):
+        return self.reduced
+
+    def __call__(self):
+        """Only so that a call may itself be what is called."""
+
+
+class Elsewhere:
+    """Modules that exist only while a file is written: where EDM's classes and functions are said to live."""
+
+    def __enter__(self):
+        self.before = dict(sys.modules)
+        names = ["torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util"]
+        fake = {name: types.ModuleType(name) for name in names}
+
+        def _reconstruct_persistent_obj(meta):
+            raise AssertionError
+
+        class EasyDict(dict):
+            pass
+
+        for module, thing in (("torch_utils.persistence", _reconstruct_persistent_obj),
+                              ("dnnlib.util", EasyDict)):
+            thing.__module__, thing.__qualname__ = module, thing.__name__
+            setattr(fake[module], thing.__name__, thing)
+        sys.modules.update(fake)
+        self.reconstruct, self.EasyDict = _reconstruct_persistent_obj, EasyDict
+        return self
+
+    def __exit__(self, *error):
+        for name in set(sys.modules) - set(self.before):
+            if name.startswith(("torch_utils", "dnnlib")):
+                del sys.modules[name]
+
+    def persistent(self, class_name, source="", **state):
+        return Call(self.reconstruct, dict(type="class", version=6, module_src=source, class_name=class_name,
+                                           state=state))
+
+    def module(self, class_name, tensors=(), modules=(), buffers=(), source="", **state):
+        return self.persistent(class_name, source, training=False, _parameters=OrderedDict(tensors),
+                               _buffers=OrderedDict(buffers), _modules=OrderedDict(modules),
+                               _backward_hooks=OrderedDict(), **state)
+
+
+def weights(seed, *shape):
+    return torch.nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def network(there, source="", extra=()):
+    """A small relative of EDM's: nested persistent modules, a ModuleDict, numpy scalars, a set."""
+    conv = there.module("Conv2d", [("weight", weights(0, 4, 3, 3, 3)), ("bias", None)], in_channels=3,
+                        out_channels=4, resample_filter_shape=(2, 2),
+                        buffers=[("resample_filter", torch.ones(1, 1, 2, 2) / 4)])
+    block = there.module("UNetBlock", [], [("conv0", conv)], num_heads=np.int64(1), skip_scale=np.sqrt(0.5))
+    blocks = torch.nn.ModuleDict()
+    blocks._modules = OrderedDict([("64x64_conv", conv), ("64x64_block0", block)])
+    linear = there.module("Linear", [("weight", weights(1, 5, 4).half()), ("bias", weights(2, 8)[2:7])])
+    model = there.module("SongUNet", [], [("map_layer0", linear), ("enc", blocks), ("none", None)],
+                         source=source, label_dropout=0, flags={1, 2}, dtype=np.float32(0.5),
+                         on=np.bool_(True))
+    return there.module("EDMPrecond", [], [("model", model)], img_resolution=64, img_channels=3, label_dim=0,
+                        sigma_data=0.5, use_fp16=False, _init_kwargs=there.EasyDict(model_type="SongUNet",
+                        channel_mult=[1, 2, 2, 2]), extra=list(extra))
+
+
+def write(path, protocol=4, source="", extra=(), **entries):
+    with Elsewhere() as there:
+        top = dict(ema=network(there, source, extra), loss_fn=there.persistent("EDMLoss", P_mean=-1.2),
+                   augment_pipe=there.persistent("AugmentPipe", p=0.12),
+                   dataset_kwargs=there.EasyDict(path="data.zip", use_labels=False), **entries)
+        path.write_bytes(pickle.dumps(top, protocol))
+    assert "torch_utils" not in sys.modules and "dnnlib" not in sys.modules
+    return path
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_the_weights_come_out_under_edms_names(tmp_path, protocol):
+    state, settings = read_edm_pickle(write(tmp_path / "net.pkl", protocol))
+    assert set(state) == {"model.map_layer0.weight", "model.map_layer0.bias", "model.enc.64x64_conv.weight",
+                          "model.enc.64x64_conv.resample_filter", "model.enc.64x64_block0.conv0.weight",
+                          "model.enc.64x64_block0.conv0.resample_filter"}
+    assert torch.equal(state["model.enc.64x64_conv.weight"], weights(0, 4, 3, 3, 3))
+    assert torch.equal(state["model.map_layer0.weight"], weights(1, 5, 4).half())
+    assert torch.equal(state["model.map_layer0.bias"], weights(2, 8)[2:7])             # part of a storage
+    assert all(type(tensor) is torch.Tensor and tensor.device.type == "cpu" for tensor in state.values())
+
+
+def test_the_settings_tell_the_architecture(tmp_path):
+    settings = read_edm_pickle(write(tmp_path / "net.pkl"))[1]
+    assert settings["class_name"] == "EDMPrecond" and settings["img_resolution"] == 64
+    assert settings["sigma_data"] == 0.5 and settings["_init_kwargs"]["channel_mult"] == [1, 2, 2, 2]
+    model, block = settings["modules"]["model"], settings["modules"]["model.enc.64x64_block0"]
+    assert model["class_name"] == "SongUNet" and model["dtype"] == 0.5 and model["on"] is True
+    assert block == dict(class_name="UNetBlock", num_heads=1, skip_scale=np.sqrt(0.5), training=False)
+    assert settings["modules"]["model.enc"]["class_name"] == "ModuleDict"
+
+
+def test_both_spellings_of_numpys_scalars_are_read(tmp_path):
+    old, new = b"numpy.core.multiarray", b"numpy._core.multiarray"
+    content = write(tmp_path / "net.pkl", protocol=3).read_bytes()
+    written = new if new in content else old
+    for spelling in (old, new):
+        (tmp_path / "net.pkl").write_bytes(content.replace(b"c" + written + b"\n", b"c" + spelling + b"\n"))
+        assert read_edm_pickle(tmp_path / "net.pkl")[1]["modules"]["model"]["dtype"] == 0.5
+
+
+def test_a_process_without_edms_modules_reads_it_without_a_word(tmp_path):
+    code = ("import sys, twosdm\nstate, _ = twosdm.read_edm_pickle(sys.argv[1])\n"
+            "assert len(state) == 6 and not {'torch_utils', 'dnnlib'} & set(sys.modules)")
+    run = subprocess.run([sys.executable, "-c", code, write(tmp_path / "net.pkl")], capture_output=True,
+                         text=True, cwd=os.path.dirname(twosdm.__file__))
+    assert run.returncode == 0 and not run.stderr, run.stderr
+
+
+def test_files_that_are_cut_or_foreign_get_one_sentence(tmp_path):
+    content = write(tmp_path / "net.pkl").read_bytes()
+    torch.save(dict(ema=torch.zeros(3)), tmp_path / "torch.pt")
+    foreign = {"half": content[:len(content) // 2], "end": content[:-1], "empty": b"",
+               "text": b"<html>404</html>", "torch": (tmp_path / "torch.pt").read_bytes(),
+               "list": pickle.dumps([1, 2]),
+               "number": pickle.dumps(dict(ema=1)), "none": pickle.dumps(dict(G_ema=dict()))}
+    for name, content in foreign.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="not one of EDM's network pickles") as error:
+            read_edm_pickle(tmp_path / name)
+        assert "\n" not in str(error.value)
+    for path in (tmp_path / "missing.pkl", tmp_path):
+        with pytest.raises(UserError, match="cannot be opened"):
+            read_edm_pickle(path)
+
+
+def attempts(marker):
+    """(what must be named, an object whose reading as a plain pickle would leave the marker behind)"""
+    command = f"touch {marker}"
+    python = f"open({str(marker)!r}, 'w')"
+    opened = Call(open, str(marker), "w")            # also hidden among the objects of an array
+    yield f"{os.system.__module__}.system", Call(os.system, command)
+    yield "builtins.eval", Call(eval, python)
+    yield "builtins.exec", Call(exec, python)
+    yield "subprocess.Popen", Call(subprocess.Popen, ["touch", str(marker)])
+    yield "builtins.getattr", Call(Call(getattr, "", "join"), [command])
+    yield f"{open.__module__}.open", opened
+    yield "torch.hub.load", Call(torch.hub.load, str(marker.parent), "entry")
+    yield "torch.serialization.load", Call(torch.load, str(marker))
+    yield f"{np.array([None]).__reduce__()[0].__module__}._reconstruct", np.array([opened], dtype=object)
+
+
+@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("place", ["in the network", "beside it", "in the bytes of a storage"])
+def test_a_malicious_pickle_runs_nothing_and_is_refused_by_name(tmp_path, number, place):
+    marker = tmp_path / "marker"
+    name, attempt = list(attempts(marker))[number]
+    if place == "in the bytes of a storage":
+        attempt = Call(torch.storage._load_from_bytes, legacy(attempt))
+        name = name.split(".")[-1]                   # the old protocol has other names for modules
+    if place == "beside it":
+        path = write(tmp_path / "net.pkl", attack=attempt)
+    else:
+        path = write(tmp_path / "net.pkl", extra=[attempt])
+    with pytest.raises(UserError, match=name.replace(".", r"\.")) as error:
+        read_edm_pickle(path)
+    assert "nothing was run" in str(error.value) and "\n" not in str(error.value)
+    assert not marker.exists()
+
+
+def legacy(attempt):
+    """A torch file of the old format whose pickle holds the attempt."""
+    file = io.BytesIO()
+    torch.save(attempt, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+def test_the_source_code_inside_is_never_run(tmp_path):
+    marker = tmp_path / "marker"
+    state, settings = read_edm_pickle(write(tmp_path / "net.pkl", source=f"open({str(marker)!r}, 'w')"))
+    assert len(state) == 6 and not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["builtins\nset.__class__", "collections\nOrderedDict.fromkeys",
+                                  "torch.storage\n_load_from_bytes.__globals__", "torch\nstorage"])
+def test_no_attribute_of_an_allowed_name_can_be_reached(tmp_path, name):
+    module, attribute = (part.encode() for part in name.split("\n"))
+    content = b"\x80\x04\x8c" + bytes([len(module)]) + module + b"\x8c" + bytes([len(attribute)]) + attribute
+    (tmp_path / "net.pkl").write_bytes(content + b"\x93.")
+    with pytest.raises(UserError, match=name.replace("\n", r"\.")):
+        read_edm_pickle(tmp_path / "net.pkl")
+
+
+def test_allowed_names_with_odd_arguments_do_no_harm(tmp_path):
+    """Each of these ends in one sentence, changes nothing of torch or numpy, and crashes nothing."""
+    tensor = torch._utils._rebuild_tensor_v2
+    scalar = np.float64(1).__reduce__()[0]
+    before = tensor.__defaults__, torch.Tensor.__setstate__, dict(vars(torch._utils))
+    four = torch.zeros(4).__reduce_ex__(4)[1][0]     # a storage
+    odd = [Call(tensor, four, 0, (100,), (1,), False, {}), Call(tensor, four, -1, (1,), (1,), False, {}),
+           Call(tensor, four, 0, (2,), (-1,), False, {}), Call(tensor, "text", 0, (), (), False, {}),
+           Call(scalar, Call(np.dtype, "O", False, True), b"\1\2\3\4\5\6\7\x08"),
+           Call(scalar, Call(np.dtype, "V8", False, True), b"\1" * 8),
+           Call(scalar, Call(np.dtype, "f8"), b"1"),
+           Call(np.dtype, "f8", False, True, state=(3, "<", None, ("a",), {"a": 1}, 9, 9, 9)),
+           Call(set, 3), Call(torch.storage._load_from_bytes, b"\x80\x02."),
+           Call(torch._utils._rebuild_parameter), Call(OrderedDict, 1)]
+    for number, attempt in enumerate(odd):
+        path = write(tmp_path / f"{number}.pkl", extra=[attempt])
+        try:
+            read_edm_pickle(path)
+        except UserError as error:
+            assert "\n" not in str(error)
+    poison = b"\x80\x04\x8c\x0ctorch._utils\x8c\x12_rebuild_tensor_v2\x93N}\x8c\x0c__defaults__)s\x86b."
+    (tmp_path / "poison.pkl").write_bytes(poison)
+    assert pickle.loads(poison) is tensor and tensor.__defaults__ == ()                # the attack is real
+    tensor.__defaults__ = before[0]
+    with pytest.raises(UserError):
+        read_edm_pickle(tmp_path / "poison.pkl")
+    assert before == (tensor.__defaults__, torch.Tensor.__setstate__, dict(vars(torch._utils)))
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+def test_a_published_network_loads_into_the_unet(tmp_path, arch):
+    """From a pickle of EDM's layout to a U-Net, strictly: every weight finds its place."""
+    def boxed(here, tensors):
+        mine = [(name, torch.nn.Parameter(x)) for name, x in tensors.items() if "." not in name]
+        inner = OrderedDict()
+        for name, x in tensors.items():
+            if "." in name:
+                inner.setdefault(name.split(".")[0], {})[name.split(".", 1)[1]] = x
+        return here.module("Anything", mine, [(name, boxed(here, part)) for name, part in inner.items()])
+
+    weights = edm_weights(arch)
+    with Elsewhere() as here:
+        (tmp_path / "net.pkl").write_bytes(pickle.dumps(dict(ema=boxed(here, weights))))
+    state = twosdm.load_edm_pickle(tmp_path / "net.pkl")
+    net = edm_tiny(arch)
+    net.load_state_dict(state)
+    assert torch.equal(net.out_conv.weight, weights[
+        "model.dec.16x16_aux_conv.weight" if arch == "ddpmpp" else "model.out_conv.weight"])
