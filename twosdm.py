@@ -145,7 +145,7 @@ PRESETS = {
         resolution=32, augment=0.15, lr_ramp=4 * K, log=2 * K, preview=6 * K, save=6 * K,
         stages=dict(
             prior=dict(images=400 * K, lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4),
-            image=dict(images=25 * K, batch=32, lr=2e-3, width=24, mults=(1, 2, 2), blocks=1,
+            image=dict(images=50 * K, batch=32, lr=2e-3, width=24, mults=(1, 2, 2), blocks=1,
                        attention=(8,), dropout=0.05))),
     "afhq": dict(
         resolution=64, augment=0.15,
