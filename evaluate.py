@@ -533,10 +533,10 @@ def score(real, fake, metrics, k=3):
 
 def table(results, metrics):
     """One line per method, aligned."""
-    lines = [f"{'method':<12}" + "".join(f"{HEADINGS[m]:>11}" for m in metrics)]
+    lines = [f"{'method':<16}" + "".join(f"{HEADINGS[m]:>11}" for m in metrics)]
     for row in results:
-        name = "edm" if row["method"] == "baseline" else row["method"]
-        lines.append(f"{name:<12}" + "".join(f"{row[m]:>11.3f}" for m in metrics))
+        name = "baseline (EDM)" if row["method"] == "baseline" else row["method"]
+        lines.append(f"{name:<16}" + "".join(f"{row[m]:>11.3f}" for m in metrics))
     return "\n".join(lines)
 
 
@@ -547,7 +547,7 @@ def main():
     add = parser.add_argument
     add("--method", nargs="+", choices=list(sample.METHODS),
         help="what to compare (default: all that are trained)")
-    add("--n", type=at_least(2, int), help="images per method (default: 1000 on shapes, otherwise 50000)")
+    add("--n", type=at_least(2, int), help="images per method (default: 1000 on shapes and folders, otherwise 50000)")
     add("--metrics", default="fid,sfid,is,precision,recall", help="comma-separated (default: %(default)s)")
     add("--inception-weights", help="the public Inception file (default: downloaded once)")
     add("--json", metavar="FILE", help="also write this evaluation as JSON; - prints it instead of the table")
@@ -566,13 +566,16 @@ def main():
     pipelines = [sample.Pipeline(args, method, device) for method in methods]
     saved = dict(pipelines[0].main["config"], runs=args.runs)
     dataset, folder = saved["dataset"], Path(args.runs) / saved["dataset"]
-    n = args.n or (1000 if dataset == "shapes" else 50_000)
+    n = args.n or (1000 if dataset in ("shapes", "folder") else 50_000)
     seeds = list(range(args.seed, args.seed + n))
     if dataset == "shapes":
         network, label = (WorldFeatures.trained(folder, saved["resolution"], device),
                           "the world's own classifier")
     else:
-        network, label = InceptionFeatures(args.inception_weights).to(device), "Inception 2015-12-05"
+        try:
+            network, label = InceptionFeatures(args.inception_weights).to(device), "Inception 2015-12-05"
+        except UserError as error:
+            raise UserError(f"--inception-weights: {error}") from None
     images = twosdm.load_images(twosdm.TrainConfig(**dict(saved, data=args.data or saved["data"])))
     if any(pipeline.data["fingerprint"] != images.fingerprint for pipeline in pipelines):
         raise UserError("the training images are not those of all the runs: give theirs with --data, or "
@@ -616,6 +619,7 @@ def main():
           f"{n} samples against {len(images)} training images, features of {label}"
           + (" (not comparable with Inception's)" if dataset == "shapes" else ""))
     print(table(results, metrics))
+    print(f"-> {folder / 'results.jsonl'}", file=sys.stderr)
     for name, dims in ("fid", len(real["mu"])), ("sfid", len(real["mu_s"])):
         if name in metrics and n <= dims:
             print(f"Warning: {n} samples for the {dims} dimensions of {HEADINGS[name]}: it is biased "

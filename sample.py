@@ -9,6 +9,7 @@ Image i depends on seed + i alone, not on the batch. The same command again cont
 import argparse
 import json
 import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class Pipeline:
 
     def __init__(self, args, method, device):
         self.args, self.method, self.device = args, method, device
-        files = {stage: getattr(args, stage, None) or find_run(args, stage) for stage in METHODS[method]}
+        files = self.files = {stage: getattr(args, stage, None) or find_run(args, stage) for stage in METHODS[method]}
         self.checkpoints = {stage: twosdm.load_checkpoint(path, stage=stage) for stage, path in files.items()}
         self.models = {stage: twosdm.load_denoiser(c, device) for stage, c in self.checkpoints.items()}
         self.main = self.checkpoints[METHODS[method][-1]]               # of the network that draws the pixels
@@ -50,7 +51,8 @@ class Pipeline:
         self.classes = len(self.data["classes"]) if saved["a"] == "class" else 0
         if args.label is not None and not 0 <= args.label < self.classes:
             raise UserError(f"--class {args.label}: " + (
-                f"the classes are 0 to {self.classes - 1}" if self.classes
+                "the classes are " + ", ".join(f"{i} {name}" for i, name in enumerate(self.data["classes"][:20]))
+                + ", ..." * (self.classes > 20) if self.classes
                 else "this model was trained without classes (train.py --a class)"))
         if args.label is not None and not self.data["class_counts"][args.label]:
             raise UserError(f"--class {args.label}: no training image has this class")
@@ -122,8 +124,8 @@ def find_run(args, stage):
     found = list(Path(args.runs).glob(f"{args.dataset or '*'}/{stage}/checkpoint.pt"))
     if not found:
         where = f"--dataset {args.dataset}" if args.dataset else "any data set"
-        raise UserError(f"{args.runs} has no trained '{stage}' of {where}: run python train.py first, or "
-                        f"say where the runs are with --runs")
+        raise UserError(f"{args.runs} has no trained '{stage}' of {where}: run python train.py first (for this "
+                        f"alone: --stage {stage}), or say where the runs are with --runs")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
@@ -148,7 +150,7 @@ def add_sampling_flags(parser):
         help="S_noise of the churn (default: %(default)s)")
     add("--class", type=int, dest="label", metavar="CLASS",
         help="draw this class alone (default: as in the data)")
-    add("--batch", type=at_least(1, int), default=250, help="images drawn at a time (default: %(default)s)")
+    add("--batch", type=at_least(1, int), default=64, help="images drawn at a time (default: %(default)s)")
     add("--runs", default="runs", help="folder of all runs (default: %(default)s)")
     add("--dataset", help="whose runs to take (default: those trained last)")
     add("--prior", help="the prior's checkpoint (default: the newest)")
@@ -212,6 +214,8 @@ def main():
     same_dataset(args)
     pipeline = Pipeline(args, args.method, twosdm.pick_device(args.device))
     settings = json.dumps(pipeline.describe(), indent=1)
+    print(f"{args.method} from {', '.join(map(str, pipeline.files.values()))}, {pipeline.sampler.steps} steps",
+          file=sys.stderr)
     folder = open_folder(args.out, settings, f"samples/{pipeline.main['dataset']}-{args.method}")
     seeds = range(args.seed, args.seed + args.n)
     names = [f"{seed:06d}.png" for seed in seeds]

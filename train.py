@@ -235,6 +235,7 @@ def train(config, device):
             if due(seen, config.batch, config.save) or last or stop.asked:
                 save()
             if config.preview and (due(seen, config.batch, config.preview) or last):
+                bar.set_postfix_str("drawing samples")
                 job.preview(ema.net, folder / f"samples-{seen:09d}.png")
             if stop.asked:
                 break
@@ -405,7 +406,8 @@ def main():
         if not train(config, device):
             return 130
     if known.stage == "all":
-        print("Next: python sample.py, then python evaluate.py")
+        where = f" --runs {configs[0].runs} --dataset {known.dataset}" if len(sys.argv) > 1 else ""
+        print(f"Next: python sample.py{where}, then python evaluate.py{where}")
     return 0
 
 

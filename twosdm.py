@@ -29,6 +29,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -103,7 +104,7 @@ class TrainConfig:
     attention: tuple = option((16,), "resolutions with self-attention")
     dropout: float = option(0.0, "dropout in the U-Net", low=0, high=0.99)
     # Training
-    images: int = option(25_000_000, "length of the training, in images seen", low=1, fixed=False)
+    images: int = option(25_000_000, "length of each stage's training, in images seen", low=1, fixed=False)
     batch: int = option(256, "images per optimiser step", low=1)
     batch_gpu: int = option(0, "images per forward pass, to save memory; 0 = the whole batch",
                             low=0, fixed=False)
@@ -123,7 +124,7 @@ class TrainConfig:
                             choices=("fp32", "bf16"), fixed=False)
     runs: str = option("runs", "folder of all runs", fixed=False)
     log: int = option(50_000, "images between lines of log.jsonl", low=1, fixed=False)
-    preview: int = option(1_000_000, "images between pictures of samples; 0 = none", low=0, fixed=False)
+    preview: int = option(1_000_000, "images between pictures of samples (image model: given embeddings of training images); 0 = none", low=0, fixed=False)
     save: int = option(500_000, "images between checkpoints", low=1, fixed=False)
 
 
@@ -165,6 +166,8 @@ def configure(dataset="shapes", stage="image", **changes):
     if changes.get("arch", "ddpm++") != chosen.get("arch", "ddpm++"):     # another net has other sizes
         chosen |= ARCHITECTURES.get(changes["arch"], {})
     config = TrainConfig(**(chosen | dict(dataset=dataset, stage=stage) | changes))
+    if dataset == "shapes" and config.data:
+        raise UserError(f"--data {config.data} needs a --dataset, such as folder: shapes draws its own images")
     for f in dataclasses.fields(config):
         value, (low, high, choices) = getattr(config, f.name), (
             f.metadata[k] for k in ("low", "high", "choices"))
@@ -226,8 +229,8 @@ class Denoiser(nn.Module):
     """A network made into the denoiser D(x; sigma): EDM Eq. 7, for vectors (B, D) and images (B, C, H, W).
 
     predict="edm" is EDM's preconditioning (Table 1), for the image model. predict="data" is the paper's
-    prior: the network predicts the clean y itself. Both share one loss weight, 1 / c_out², so this choice is
-    all that tells them apart. `net` is any net(x, c_noise, cond, augment) that returns the shape of x.
+    prior: the network predicts the clean y itself, c_out = 1. Both weigh the loss by 1 / c_out², which is EDM's
+    lambda for the image model and 1 for the prior: this choice is all that tells them apart. `net` is any net(x, c_noise, cond, augment) that returns the shape of x.
     """
 
     def __init__(self, net, sigma_data=0.5, predict="edm", p_mean=-1.2, p_std=1.2):
@@ -321,6 +324,11 @@ class SampleNoise:
 
     def randn_like(self, x):
         return self.randn(*x.shape).to(x.dtype)
+
+
+def mix_seed(*parts):
+    """The name of a random stream and numbers -> a seed. 32 bits: torch's CPU generator takes no more."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
 
 
 # ============================================================================================================
@@ -657,6 +665,7 @@ class ClipEmbedder(nn.Module):
         import open_clip                              # seconds to import: only those who use it pay
         if weights != "openai" and not Path(weights).is_file():
             raise UserError(f"--clip-weights {weights}: there is no such file")
+        logging.disable(logging.CRITICAL)             # a hub's many lines on a lost connection: one will follow
         try:                                          # plain ViT-B-32 lacks these weights' activation
             self.model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=weights,
                                                 require_pretrained=True)
@@ -667,6 +676,8 @@ class ClipEmbedder(nn.Module):
                       f"give --clip-weights FILE; --embedder pixels needs none")
             raise UserError(f"CLIP's weights '{weights}' cannot be loaded ({type(error).__name__}): "
                             f"{remedy}") from None
+        finally:
+            logging.disable(logging.NOTSET)
         self.model.eval().requires_grad_(False)
         self.dim = 512
         self.register_buffer("mean", torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None], False)
@@ -1007,11 +1018,6 @@ class Order:
                     mix_seed("order", self.seed, self.epoch))).numpy()
             rows.append(self.rows[position % self.size])
         return np.array(rows, np.int64)
-
-
-def mix_seed(*parts):
-    """The name of a random stream and numbers -> a seed. 32 bits: torch's CPU generator takes no more."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
 
 
 # The low-pass filter of the orthogonal wavelet sym6, here with sum 1 (Daubechies, Ten Lectures, table 6.3).

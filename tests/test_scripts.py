@@ -25,6 +25,15 @@ TINY = ("--size 64 --resolution 8 --batch 8 --images 48 --lr-ramp 16 --log 16 --
         "--attention 4").split()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the scripts' processes: equal to the last bit means on as many threads, which split sums alike."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def script(name, *args, cwd, **environment):
     """Runs a script in a process of its own -> (exit code, standard output, standard error)."""
     done = subprocess.run([sys.executable, ROOT / f"{name}.py", *map(str, args)], cwd=cwd, text=True,
@@ -208,7 +217,7 @@ def test_evaluation_prints_a_table_and_writes_its_protocol(trained, call, tmp_pa
     assert code == 0, err
     lines = out.splitlines()
     assert "not comparable with Inception" in lines[0] and "20 samples against 64" in lines[0]
-    assert [line.split()[0] for line in lines[2:]] == ["real", "2sdm", "oracle", "edm"]
+    assert [line.split()[0] for line in lines[2:]] == ["real", "2sdm", "oracle", "baseline"]
     assert "Warning: 20 samples for the 64 dimensions of FID" in err
     rows = [json.loads(line) for line in (trained / "runs/shapes/results.jsonl").read_text().splitlines()]
     assert [row["method"] for row in rows] == ["real", "2sdm", "oracle", "baseline"]
@@ -255,7 +264,7 @@ def test_any_folder_trains_and_samples_with_classes_and_augmentation(call, tmp_p
     for method in sample.METHODS:
         code, out, err = call(sample, "--n", 3, "--method", method, "--class", 1, cwd=tmp_path)
         assert code == 0 and Image.open(out.strip()), err
-    refused(call(sample, "--n", 3, "--class", 2, cwd=tmp_path), "the classes are 0 to 1")
+    refused(call(sample, "--n", 3, "--class", 2, cwd=tmp_path), "the classes are 0 class0, 1 class1")
     refused(call(train, *tiny, "--stage", "prior", "--images", 96, "--data", tmp_path / "none",
                  cwd=tmp_path), "none")
     photographs(tmp_path / "others", count=7, classes=2)
@@ -278,6 +287,7 @@ def test_bad_input_gets_one_sentence(trained, call, tmp_path):
     refused(call(sample, cwd=tmp_path), "python train.py")
     refused(call(evaluate, cwd=tmp_path), "python train.py")
     refused(call(train, "--dataset", "afhq", cwd=tmp_path), "--data")
+    refused(call(train, "--data", "pictures", cwd=tmp_path), "--dataset")
     refused(call(train, "--dataset", "nothing", cwd=tmp_path), "shapes")
     refused(call(train, "--stage", "nothing", cwd=tmp_path), "embedder")
     refused(call(train, "--stage", "image", *TINY, cwd=tmp_path), "--stage embedder")
