@@ -547,7 +547,8 @@ def main():
     add = parser.add_argument
     add("--method", nargs="+", choices=list(sample.METHODS),
         help="what to compare (default: all that are trained)")
-    add("--n", type=at_least(2, int), help="images per method (default: 1000 on shapes and folders, otherwise 50000)")
+    add("--n", type=at_least(2, int),
+        help="images per method (default: 1000 on shapes and folders, otherwise 50000)")
     add("--metrics", default="fid,sfid,is,precision,recall", help="comma-separated (default: %(default)s)")
     add("--inception-weights", help="the public Inception file (default: downloaded once)")
     add("--json", metavar="FILE", help="also write this evaluation as JSON; - prints it instead of the table")

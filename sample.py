@@ -33,7 +33,8 @@ class Pipeline:
 
     def __init__(self, args, method, device):
         self.args, self.method, self.device = args, method, device
-        files = self.files = {stage: getattr(args, stage, None) or find_run(args, stage) for stage in METHODS[method]}
+        files = self.files = {
+            stage: getattr(args, stage, None) or find_run(args, stage) for stage in METHODS[method]}
         self.checkpoints = {stage: twosdm.load_checkpoint(path, stage=stage) for stage, path in files.items()}
         self.models = {stage: twosdm.load_denoiser(c, device) for stage, c in self.checkpoints.items()}
         self.main = self.checkpoints[METHODS[method][-1]]               # of the network that draws the pixels
@@ -50,9 +51,9 @@ class Pipeline:
         self.image_sampler = twosdm.Sampler(args.image_steps or steps, churn, s_noise=s_noise)
         self.classes = len(self.data["classes"]) if saved["a"] == "class" else 0
         if args.label is not None and not 0 <= args.label < self.classes:
+            names = ", ".join(f"{i} {name}" for i, name in enumerate(self.data["classes"][:20]))
             raise UserError(f"--class {args.label}: " + (
-                "the classes are " + ", ".join(f"{i} {name}" for i, name in enumerate(self.data["classes"][:20]))
-                + ", ..." * (self.classes > 20) if self.classes
+                f"the classes are {names}" + ", ..." * (self.classes > 20) if self.classes
                 else "this model was trained without classes (train.py --a class)"))
         if args.label is not None and not self.data["class_counts"][args.label]:
             raise UserError(f"--class {args.label}: no training image has this class")
@@ -124,8 +125,8 @@ def find_run(args, stage):
     found = list(Path(args.runs).glob(f"{args.dataset or '*'}/{stage}/checkpoint.pt"))
     if not found:
         where = f"--dataset {args.dataset}" if args.dataset else "any data set"
-        raise UserError(f"{args.runs} has no trained '{stage}' of {where}: run python train.py first (for this "
-                        f"alone: --stage {stage}), or say where the runs are with --runs")
+        raise UserError(f"{args.runs} has no trained '{stage}' of {where}: run python train.py first (for "
+                        f"this alone: --stage {stage}), or say where the runs are with --runs")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
@@ -214,8 +215,8 @@ def main():
     same_dataset(args)
     pipeline = Pipeline(args, args.method, twosdm.pick_device(args.device))
     settings = json.dumps(pipeline.describe(), indent=1)
-    print(f"{args.method} from {', '.join(map(str, pipeline.files.values()))}, {pipeline.sampler.steps} steps",
-          file=sys.stderr)
+    sources = ", ".join(map(str, pipeline.files.values()))
+    print(f"{args.method} from {sources}, {pipeline.sampler.steps} steps", file=sys.stderr)
     folder = open_folder(args.out, settings, f"samples/{pipeline.main['dataset']}-{args.method}")
     seeds = range(args.seed, args.seed + args.n)
     names = [f"{seed:06d}.png" for seed in seeds]

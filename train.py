@@ -385,7 +385,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog=f"The defaults above are those of --dataset {known.dataset} --stage "
-               f"{'image; other stages have others: add --stage prior' if known.stage == 'all' else known.stage}. "
+               + ("image; other stages have others: add --stage prior. " if known.stage == "all" else
+                  f"{known.stage}. ") +
                f"Data sets: {', '.join(twosdm.PRESETS)}.")
     twosdm.add_flags(parser, defaults)
     parser.add_argument("--dry-run", action="store_true",

@@ -124,7 +124,8 @@ class TrainConfig:
                             choices=("fp32", "bf16"), fixed=False)
     runs: str = option("runs", "folder of all runs", fixed=False)
     log: int = option(50_000, "images between lines of log.jsonl", low=1, fixed=False)
-    preview: int = option(1_000_000, "images between pictures of samples (image model: given embeddings of training images); 0 = none", low=0, fixed=False)
+    preview: int = option(1_000_000, "images between pictures of samples, which the image model draws after "
+                          "embeddings of training images; 0 = none", low=0, fixed=False)
     save: int = option(500_000, "images between checkpoints", low=1, fixed=False)
 
 
@@ -167,7 +168,7 @@ def configure(dataset="shapes", stage="image", **changes):
         chosen |= ARCHITECTURES.get(changes["arch"], {})
     config = TrainConfig(**(chosen | dict(dataset=dataset, stage=stage) | changes))
     if dataset == "shapes" and config.data:
-        raise UserError(f"--data {config.data} needs a --dataset, such as folder: shapes draws its own images")
+        raise UserError(f"--data {config.data} needs a --dataset, such as folder: shapes draws its own")
     for f in dataclasses.fields(config):
         value, (low, high, choices) = getattr(config, f.name), (
             f.metadata[k] for k in ("low", "high", "choices"))
@@ -229,8 +230,9 @@ class Denoiser(nn.Module):
     """A network made into the denoiser D(x; sigma): EDM Eq. 7, for vectors (B, D) and images (B, C, H, W).
 
     predict="edm" is EDM's preconditioning (Table 1), for the image model. predict="data" is the paper's
-    prior: the network predicts the clean y itself, c_out = 1. Both weigh the loss by 1 / c_out², which is EDM's
-    lambda for the image model and 1 for the prior: this choice is all that tells them apart. `net` is any net(x, c_noise, cond, augment) that returns the shape of x.
+    prior: the network predicts the clean y itself, c_out = 1. Both weigh the loss by 1 / c_out², which is
+    EDM's lambda for the image model and 1 for the prior: this choice is all that tells them apart. `net` is
+    any net(x, c_noise, cond, augment) that returns the shape of x.
     """
 
     def __init__(self, net, sigma_data=0.5, predict="edm", p_mean=-1.2, p_std=1.2):
@@ -665,7 +667,7 @@ class ClipEmbedder(nn.Module):
         import open_clip                              # seconds to import: only those who use it pay
         if weights != "openai" and not Path(weights).is_file():
             raise UserError(f"--clip-weights {weights}: there is no such file")
-        logging.disable(logging.CRITICAL)             # a hub's many lines on a lost connection: one will follow
+        logging.disable(logging.CRITICAL)             # a hub's many lines on a lost connection
         try:                                          # plain ViT-B-32 lacks these weights' activation
             self.model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=weights,
                                                 require_pretrained=True)
@@ -1595,7 +1597,7 @@ def write_cache(source, entries, labels, recipe, key, cache, workers):
 # 12 EDM's published networks, read without running what is inside them
 # ============================================================================================================
 def load_edm_pickle(path):
-    """The weights of EDM's published `.pkl` -> a state dict of `UNet` (same architecture). Raises UserError."""
+    """A published `.pkl` of EDM -> a state dict for the `UNet` of its architecture. Raises UserError."""
     return from_edm_names(read_edm_pickle(path)[0])
 
 

@@ -27,7 +27,7 @@ TINY = ("--size 64 --resolution 8 --batch 8 --images 48 --lr-ramp 16 --log 16 --
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """As in the scripts' processes: equal to the last bit means on as many threads, which split sums alike."""
+    """As in the scripts' processes: only on as many threads are sums split alike, to the last bit."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
