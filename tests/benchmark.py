@@ -18,21 +18,15 @@ import twosdm
 
 
 def seconds(work, device, least=1.0):
-    """The shortest of several runs of work(), after two to warm up; at least `least` seconds of them."""
-    times, end = [], None
-    for i in range(1000):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    """The shortest of at least two runs of work(), and of all that fit into `least` seconds; one warms up."""
+    times = []
+    while len(times) < 3 or sum(times[1:]) < least:
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-        if i == 2:
-            end = time.perf_counter() + least
-        if end and time.perf_counter() > end and i > 4:
-            break
-    return min(times[2:])
+    return min(times[1:])
 
 
 def main():
