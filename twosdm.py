@@ -1266,8 +1266,8 @@ def run(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError:
-        print("error: out of the device's memory: give a smaller --batch (when training, --batch-gpu, which "
-              "changes no result)", file=sys.stderr)
+        print("error: out of the device's memory: give a smaller --batch (when training, a smaller --batch-gpu)",
+              file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
         print("\nstopped: the same command goes on from what is finished", file=sys.stderr)
