@@ -1266,7 +1266,7 @@ def run(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError:
-        print("error: out of the device's memory: give a smaller --batch (when training, a smaller --batch-gpu)",
+        print("error: out of the device's memory: give a smaller --batch (when training, --batch-gpu)",
               file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
