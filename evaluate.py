@@ -560,8 +560,8 @@ def main():
     device = twosdm.pick_device(args.device)
 
     methods = args.method or [m for m, stages in sample.METHODS.items() if all(
-        getattr(args, stage) or list(Path(args.runs).glob(f"{args.dataset or '*'}/{stage}/checkpoint.pt"))
-        for stage in stages)]
+        stage in sample.load_given(args.checkpoint) or list(
+            Path(args.runs).glob(f"{args.dataset or '*'}/{stage}/checkpoint.pt")) for stage in stages)]
     if not methods:
         raise UserError(f"{args.runs} has no trained models: run python train.py first, or give --runs")
     pipelines = [sample.Pipeline(args, method, device) for method in methods]

@@ -2,13 +2,14 @@
 
     python sample.py                                 64 images of the newest runs, as PNGs and one grid
     python sample.py --method baseline --n 1000      the EDM model without embeddings
+    python sample.py --method baseline --checkpoint edm-ffhq-64x64-uncond-vp.pkl      EDM's own
     python sample.py --n 50000 --npz --out big       also `arr_0` (N, H, W, 3) uint8 for OpenAI's evaluator
 
-Image i depends on seed + i alone, not on the batch. The same command again continues where it stopped.
+Image i depends on seed + i alone, not on the batch or the number of processes (torchrun sample.py ...).
+The same command again continues where it stopped.
 """
 import argparse
 import json
-import os
 import sys
 import zipfile
 from pathlib import Path
@@ -33,10 +34,16 @@ class Pipeline:
 
     def __init__(self, args, method, device):
         self.args, self.method, self.device = args, method, device
+        self.precision = twosdm.set_precision(args.precision, device, auto="tf32")
+        given = load_given(args.checkpoint)
         files = self.files = {
-            stage: getattr(args, stage, None) or find_run(args, stage) for stage in METHODS[method]}
-        self.checkpoints = {stage: twosdm.load_checkpoint(path, stage=stage) for stage, path in files.items()}
+            stage: given[stage][0] if stage in given else find_run(args, stage) for stage in METHODS[method]}
+        self.checkpoints = {
+            stage: given[stage][1] if stage in given else twosdm.load_checkpoint(path, stage=stage)
+            for stage, path in files.items()}
         self.models = {stage: twosdm.load_denoiser(c, device) for stage, c in self.checkpoints.items()}
+        for model in self.models.values():
+            twosdm.compile_network(model.net, args.compile, device)
         self.main = self.checkpoints[METHODS[method][-1]]               # of the network that draws the pixels
         if method == "2sdm" and self.checkpoints["prior"]["fingerprints"] != self.main["fingerprints"]:
             raise UserError(f"{files['prior']} and {files['image']} were trained on different images or "
@@ -73,7 +80,7 @@ class Pipeline:
         return dict(sampler="Algorithm 2, streams by name", device=self.device.type, method=self.method,
                     dataset=self.main["dataset"], steps=self.sampler.steps,
                     image_steps=self.image_sampler.steps, churn=self.sampler.s_churn,
-                    s_noise=self.sampler.s_noise, label=self.args.label, arithmetic=self.args.precision,
+                    s_noise=self.sampler.s_noise, label=self.args.label, arithmetic=self.precision,
                     fingerprints=self.main["fingerprints"],
                     images_seen={s: c["seen"] for s, c in self.checkpoints.items()},
                     networks={s: twosdm.fingerprint(m) for s, m in self.models.items()})
@@ -103,7 +110,7 @@ class Pipeline:
     def __call__(self, seeds):
         """(B,) whole numbers -> (B, H, W, 3) uint8."""
         a = self.labels(seeds) if self.classes else None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             if self.method == "2sdm":
                 x = twosdm.sample_two_stage(self.models["prior"], self.models["image"], seeds, a,
                                             self.sampler, self.image_sampler)
@@ -113,11 +120,27 @@ class Pipeline:
                     a = F.one_hot(
                         torch.from_numpy(self.images.labels[rows]), self.classes).float().to(self.device)
                 with torch.autocast(self.device.type, enabled=False):
-                    y = self.embedder(self.images.batch(rows).to(self.device))
+                    y = self.embedder(self.images.batch(rows, self.device))
                 x = twosdm.sample_images(self.models["image"], seeds, y, a, self.image_sampler)
             else:
                 x = twosdm.sample_images(self.models["baseline"], seeds, None, a, self.image_sampler)
         return twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def load_given(paths, methods=METHODS):
+    """{stage: (path, checkpoint)} of checkpoints given by name; EDM's .pkl files are baselines."""
+    given = {}
+    for path in paths or ():
+        edm = str(path).endswith(".pkl")
+        checkpoint = twosdm.edm_checkpoint(path) if edm else twosdm.load_checkpoint(path)
+        if checkpoint["stage"] in given:
+            raise UserError(f"--checkpoint: {given[checkpoint['stage']][0]} and {path} are both of the stage "
+                            f"{checkpoint['stage']}: give one of each")
+        if not any(checkpoint["stage"] in METHODS[method] for method in methods):
+            raise UserError(f"--checkpoint: {path} is of the stage {checkpoint['stage']}, for which --method "
+                            f"{' '.join(methods)} has no use")
+        given[checkpoint["stage"]] = path, checkpoint
+    return given
 
 
 def find_run(args, stage):
@@ -154,20 +177,21 @@ def add_sampling_flags(parser):
     add("--batch", type=at_least(1, int), default=64, help="images drawn at a time (default: %(default)s)")
     add("--runs", default="runs", help="folder of all runs (default: %(default)s)")
     add("--dataset", help="whose runs to take (default: those trained last)")
-    add("--prior", help="the prior's checkpoint (default: the newest)")
-    add("--image", help="the image model's checkpoint (default: the newest)")
-    add("--baseline", help="the baseline's checkpoint (default: the newest)")
+    add("--checkpoint", nargs="+", metavar="FILE", help="checkpoints of prior, image model or baseline, in "
+        "place of the newest; EDM's published .pkl files serve as baseline")
     add("--data", help="the training images, for the oracle (default: where they were)")
     add("--clip-weights", help="CLIP's weights, for the oracle (default: where they were)")
     add("--device", default="auto", help="auto = cuda, else mps, else cpu (default: %(default)s)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32",
-        help="of the networks (default: %(default)s)")
+    add("--precision", choices=("auto", *twosdm.PRECISIONS), default="auto",
+        help="of the networks; auto = tf32 on cuda, else fp32 (default: %(default)s)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile the networks, which pays for thousands of images on cuda (default: no)")
     return at_least
 
 
 def same_dataset(args):
     """Without --dataset: the one whose image model or baseline was trained last, for all stages alike."""
-    if not args.dataset and not (args.image or args.baseline):
+    if not args.dataset and not args.checkpoint:
         stages = ("image", "baseline")
         found = [path for stage in stages for path in Path(args.runs).glob(f"*/{stage}/checkpoint.pt")]
         if found:
@@ -192,14 +216,12 @@ def open_folder(out, settings, default):
 
 def write_npz(path, folder, names, shape):
     """All PNGs of a folder as one array `arr_0` (N, H, W, 3) uint8, streamed: memory does not grow with N."""
-    fresh = path.with_name(path.name + ".new")
-    with twosdm.user_errors(f"{path} cannot be written"):
-        with zipfile.ZipFile(fresh, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(
-                file, dict(descr="|u1", fortran_order=False, shape=(len(names), *shape)))
-            for name in names:
-                file.write(np.asarray(Image.open(folder / name)).tobytes())
-        os.replace(fresh, path)
+    with twosdm.written(path) as fresh, zipfile.ZipFile(fresh, "w") as archive, archive.open(
+            "arr_0.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(
+            file, dict(descr="|u1", fortran_order=False, shape=(len(names), *shape)))
+        for name in names:
+            file.write(np.asarray(Image.open(folder / name)).tobytes())
 
 
 def main():
@@ -213,21 +235,30 @@ def main():
     parser.add_argument("--npz", action="store_true", help="also write samples.npz, all images as one array")
     args = parser.parse_args()
     same_dataset(args)
-    pipeline = Pipeline(args, args.method, twosdm.pick_device(args.device))
+    device = twosdm.pick_device(args.device)
+    twosdm.join_processes(device)
+    load_given(args.checkpoint, [args.method])
+    pipeline = Pipeline(args, args.method, device)
     settings = json.dumps(pipeline.describe(), indent=1)
     sources = ", ".join(map(str, pipeline.files.values()))
     print(f"{args.method} from {sources}, {pipeline.sampler.steps} steps", file=sys.stderr)
-    folder = open_folder(args.out, settings, f"samples/{pipeline.main['dataset']}-{args.method}")
+    folder = None
+    if not twosdm.rank():
+        folder = open_folder(args.out, settings, f"samples/{pipeline.main['dataset']}-{args.method}")
+    folder = twosdm.gather(folder)[0]
     seeds = range(args.seed, args.seed + args.n)
     names = [f"{seed:06d}.png" for seed in seeds]
     missing = [seed for seed, name in zip(seeds, names) if not (folder / name).exists()]
+    twosdm.gather(None)                               # nobody draws before all have looked
     bar = tqdm(total=args.n, initial=args.n - len(missing), desc=args.method, unit=" images")
-    for i in range(0, len(missing), args.batch):
-        part = missing[i:i + args.batch]
+    for part in twosdm.share([missing[i:i + args.batch] for i in range(0, len(missing), args.batch)]):
         for seed, pixels in zip(part, pipeline(part)):
             twosdm.save_picture(folder / f"{seed:06d}.png", pixels)
-        bar.update(len(part))
+        bar.update(len(part) * twosdm.processes())
     bar.close()
+    twosdm.gather(None)
+    if twosdm.rank():
+        return 0
     shown = np.stack([np.asarray(Image.open(folder / name)) for name in names[:64]])
     twosdm.save_picture(folder / "grid.png", twosdm.image_grid(shown, min(8, len(shown))), least=512)
     if args.npz:

@@ -7,9 +7,10 @@ A run lives in runs/<dataset>/<stage>/: checkpoint.pt, log.jsonl, samples-*.png.
 Started again it goes on where it stopped.
 """
 import argparse
+import contextlib
 import dataclasses
+import inspect
 import json
-import os
 import signal
 import sys
 import time
@@ -17,24 +18,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import twosdm
 from twosdm import UserError
 
+ADAM = dict(betas=(0.9, 0.999), eps=1e-8)              # no weight decay
 LOSS_BINS = (0.05, 0.15, 0.4, 1.2)                    # edges of sigma between which log.jsonl splits the loss
 
 
-def recipe(config, y_dim, a_dim):
-    """The network of a stage as plain numbers, for `twosdm.build_denoiser` and for checkpoints."""
+def network(config, y_dim, a_dim, shape):
+    """The network of a stage as plain numbers, for `twosdm.build_denoiser` and for checkpoints.
+
+    y_dim, a_dim: of the embedding and the classes, 0 for none; shape (C, H, W) of images or latents.
+    """
     c, augment_dim = config, 9 if config.augment else 0
     if c.stage == "prior":
         return dict(net="prior", predict="data", sigma_data=0.5, settings=dict(
             dim=y_dim, cond_dim=a_dim, augment_dim=augment_dim, width=c.prior_width, depth=c.prior_depth,
             heads=c.prior_heads))
     return dict(net="unet", predict="edm", sigma_data=0.5, settings=dict(
-        resolution=c.resolution, cond_dim=(y_dim or 0) + a_dim, augment_dim=augment_dim, arch=c.arch,
+        resolution=shape[1], channels=shape[0], cond_dim=y_dim + a_dim, augment_dim=augment_dim, arch=c.arch,
         width=c.width, mults=c.mults, blocks=c.blocks, attention=c.attention, dropout=c.dropout))
 
 
@@ -53,13 +59,13 @@ class Embedding:
         return dict(sigma=torch.ones(len(rows)))
 
     def loss(self, rows, draws):
-        loss = self.module.loss(self.images.batch(rows).to(self.device), [self.captions[i] for i in rows])
+        loss = self.module.loss(self.images.batch(rows, self.device), [self.captions[i] for i in rows])
         return loss, draws["sigma"]
 
     def embed(self, module, images):
         with torch.no_grad():
             parts = np.array_split(np.arange(len(images)), -(-len(images) // 500))
-            return torch.cat([module(images.batch(rows).to(self.device)).cpu() for rows in parts])
+            return torch.cat([module(images.batch(rows, self.device)).cpu() for rows in parts])
 
     def finish(self, module):
         """Scales the embedding to rms 0.5 over the training set; -> how well a linear probe reads it."""
@@ -90,21 +96,20 @@ class Diffusion:
     def __init__(self, config, images, device, embedder=None):
         self.config, self.images, self.device, self.embedder = config, images, device, embedder
         self.augment = twosdm.Augment(config.augment) if config.augment else None
-        self.folder, self.bank = Path(config.runs) / config.dataset, None
-        self.onehot = None
-        if config.a == "class":
-            if images.labels is None:
-                raise UserError("--a class needs images in one folder per class, "
-                                "or a dataset.json with labels")
-            self.onehot = F.one_hot(torch.from_numpy(images.labels), len(images.classes)).float()
+        folder, self.bank = Path(config.runs) / config.dataset, None
+        if config.a == "class" and images.labels is None:
+            raise UserError("--a class needs images in one folder per class, or a dataset.json with labels")
+        self.classes = len(images.classes) if config.a == "class" else 0
         if embedder is not None and (config.stage == "prior" or not self.augment):
-            self.bank = twosdm.embedding_bank(images, embedder, self.folder, self.augment, config.views,
-                                              config.seed, device)
-            rms = np.sqrt(np.square(self.bank[0, :1000, :-9]).mean())
+            bank = twosdm.embedding_bank(images, embedder, folder, self.augment, config.views, config.seed,
+                                         device)
+            rms = np.sqrt(np.square(bank[0, :1000, :-9]).mean())
             note = "" if 0.2 < rms < 1.2 else ": far from sigma_data = 0.5, expect poor samples"
             print(f"the embedding's elements have rms {rms:.2f}{note}")
-        self.recipe = recipe(config, embedder and embedder.dim,
-                             len(images.classes) if config.a == "class" else 0)
+            self.views, self.bank = len(bank), twosdm.hold(bank.reshape(-1, bank.shape[-1]), device)
+        if config.stage != "prior":
+            self.images = dataclasses.replace(images, pixels=twosdm.hold(images.pixels, device))
+        self.recipe = network(config, embedder.dim if embedder is not None else 0, self.classes, images.shape)
         self.module = twosdm.build_denoiser(self.recipe).to(device)
         if config.stage != "prior":
             self.module.to(memory_format=torch.channels_last)
@@ -114,30 +119,35 @@ class Diffusion:
         draws = dict(view=torch.randint(self.config.views, (len(rows),)))
         if self.augment:
             draws["augment"] = self.augment.draw(len(rows))
-        s = self.recipe["settings"]
-        shape = (s["dim"],) if self.recipe["net"] == "prior" else (3, s["resolution"], s["resolution"])
+        shape = (self.recipe["settings"]["dim"],) if self.recipe["net"] == "prior" else self.images.shape
         draws["sigma"], draws["noise"] = self.module.draw(torch.empty(len(rows), *shape, device=self.device))
         return draws
 
+    def onehot(self, rows):
+        """The condition a of these images: (B, A), or None without classes."""
+        if not self.classes:
+            return None
+        return F.one_hot(twosdm.send(self.images.labels[rows], self.device), self.classes).float()
+
     def loss(self, rows, draws):
         """(B,) rows -> loss (B,) and sigma (B,)."""
-        a = None if self.onehot is None else self.onehot[rows].to(self.device)
+        a, label = self.onehot(rows), None
         if self.recipe["net"] == "prior":
-            y = torch.from_numpy(self.bank[draws["view"].numpy() % len(self.bank), rows]).to(self.device)
-            x, cond, label = y[:, :-9], a, y[:, -9:]
+            entry = draws["view"].numpy() % self.views * len(self.images) + rows
+            x, label = twosdm.take(self.bank, entry, self.device).split([self.module.net.dim, 9], 1)
+            cond = a
         else:
-            x, label = self.images.batch(rows).to(self.device), None
+            x = self.images.batch(rows, self.device)
             if self.augment:
                 x, label = self.augment(x, draws["augment"])
             y = None
             if self.bank is not None:
-                y = torch.from_numpy(self.bank[0, rows, :-9]).to(self.device)
+                y = twosdm.take(self.bank, rows, self.device)[:, :-9]
             elif self.embedder is not None:
                 with torch.no_grad(), torch.autocast(x.device.type, enabled=False):    # as the bank's
                     y = self.embedder(x)
             cond = twosdm.join(y, a)
-        label = label if self.augment else None
-        loss = self.module.loss(x, cond, label, (draws["sigma"], draws["noise"]))
+        loss = self.module.loss(x, cond, label if self.augment else None, (draws["sigma"], draws["noise"]))
         return loss, draws["sigma"]
 
     def finish(self, module):
@@ -150,12 +160,22 @@ class Diffusion:
         side = 8 if self.config.resolution < 64 else 4
         rows = np.arange(side * side) * 7919 % len(self.images)
         with torch.no_grad():
-            y = self.embedder(self.images.batch(rows).to(self.device)) if self.embedder is not None else None
-            a = None if self.onehot is None else self.onehot[rows].to(self.device)
-            x = twosdm.sample_images(module, list(range(side * side)), y, a,
+            y = self.embedder(self.images.batch(rows, self.device)) if self.embedder is not None else None
+            x = twosdm.sample_images(module, list(range(side * side)), y, self.onehot(rows),
                                      twosdm.Sampler(steps=18, s_churn=0))
         pixels = twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
         twosdm.save_picture(path, twosdm.image_grid(pixels, side), least=512)
+
+
+class Loss(nn.Module):
+    """A job's loss as the forward of a module, the only thing that DistributedDataParallel wraps."""
+
+    def __init__(self, job):
+        super().__init__()
+        self.module, self.job = job.module, job
+
+    def forward(self, rows, draws):
+        return self.job.loss(rows, draws)
 
 
 def train(config, device):
@@ -172,6 +192,7 @@ def train(config, device):
         print(f"{config.stage}: done, {checkpoint['seen']:,} images seen ({path})")
         return True
     torch.manual_seed(config.seed)
+    precision = twosdm.set_precision(config.precision, device, auto="bf16")
     if config.stage == "embedder":
         job, embedder = Embedding(config, images, device), None
     else:
@@ -182,9 +203,10 @@ def train(config, device):
                      classes=images.classes, class_counts=None if images.labels is None else
                      np.bincount(images.labels, minlength=len(images.classes)).tolist())
     module = job.module.to(device).train()
+    if config.init_from and not checkpoint:
+        twosdm.init_from_edm(module, config.init_from)
     ema = twosdm.EMA(module, config.ema_half_life, config.ema_ramp)
-    optimizer = torch.optim.Adam(module.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
-                                 fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(module.parameters(), lr=config.lr, fused=device.type == "cuda", **ADAM)
     seen, seconds = 0, 0.0
     if checkpoint:
         if checkpoint["fingerprints"]["embedder"] != (packed and packed["fingerprint"]):
@@ -194,21 +216,30 @@ def train(config, device):
         ema.net.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         seen, seconds = checkpoint["seen"], checkpoint["seconds"]
-    start_log(folder / "log.jsonl", seen)
 
-    def save():
+    # The processes of torchrun share each batch; all but the first are silent and write nothing. The
+    # contrastive loss compares all examples of a batch: it cannot be split, and each process trains it alone.
+    whole = config.stage == "embedder"
+    team, me, first = 1 if whole else twosdm.processes(), 0 if whole else twosdm.rank(), not twosdm.rank()
+    part = config.batch if whole else config.batch_gpu or config.batch
+    step = Loss(job) if team == 1 else nn.parallel.DistributedDataParallel(Loss(job), broadcast_buffers=False)
+    if not whole:
+        twosdm.compile_network(module.net, config.compile, device)
+
+    def save(path, **more):
+        """Writes all that samples need, and `more` to go on with the training."""
         twosdm.save_checkpoint(
             path, stage=config.stage, dataset=config.dataset, config=dataclasses.asdict(config),
             identity=identity, model=job.recipe, data=described, embedder=packed, seen=seen, seconds=seconds,
-            net=module.state_dict(), ema=ema.net.state_dict(), optimizer=optimizer.state_dict(),
-            fingerprints=dict(images=described["fingerprint"], embedder=packed and packed["fingerprint"]))
+            ema=ema.net.state_dict(),
+            fingerprints=dict(images=described["fingerprint"], embedder=packed and packed["fingerprint"]), **more)
 
+    if first:
+        start_log(folder / "log.jsonl", seen)
     order, meter = twosdm.Order(len(images), config.seed), Meter()
-    # The contrastive loss compares all examples of a batch: it cannot be split.
-    part = config.batch if config.stage == "embedder" else config.batch_gpu or config.batch
     bar = tqdm(total=config.images, initial=seen, desc=f"{config.stage:>8}", unit=" images", unit_scale=True,
                smoothing=0.02)
-    with bar, Stop() as stop:
+    with bar, Stop(team) as stop:
         while seen < config.images:
             # All randomness follows from (seed, images seen): a resumed run repeats what the first would do.
             torch.manual_seed(twosdm.mix_seed("step", config.seed, seen))
@@ -218,28 +249,38 @@ def train(config, device):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min((seen + config.batch) / max(config.lr_ramp, 1), 1)
             optimizer.zero_grad(set_to_none=True)
-            for i in range(0, len(rows), part):
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    loss, sigma = job.loss(rows[i:i + part], {k: v[i:i + part] for k, v in draws.items()})
-                (loss.sum() / config.batch).backward()
+            start, end = (len(rows) * k // team for k in (me, me + 1))
+            for i in range(start, end, part):
+                now = slice(i, min(i + part, end))
+                if config.dropout:                    # the masks differ with the way a batch is split
+                    torch.manual_seed(twosdm.mix_seed("dropout", config.seed, seen, i))
+                with contextlib.nullcontext() if team == 1 or now.stop == end else step.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                        loss, sigma = step(rows[now], {k: v[now] for k, v in draws.items()})
+                    (loss.sum() * team / config.batch).backward()      # the processes' gradients are averaged
                 meter.losses(loss.detach(), sigma)
             meter.gradients(module)                   # also replaces NaN and infinity, as EDM does
             optimizer.step()
             ema.update(module, seen, config.batch)
             seen, seconds = seen + config.batch, seconds + time.perf_counter() - began
             bar.update(config.batch)
-            last = seen >= config.images
+            last, stopped = seen >= config.images, stop(seen // config.batch)
             extra = job.finish(ema.net) if last else {}
             if due(seen, config.batch, config.log) or last:
-                meter.write(folder / "log.jsonl", seen, seconds, bar, extra)
-            if due(seen, config.batch, config.save) or last or stop.asked:
-                save()
-            if config.preview and (due(seen, config.batch, config.preview) or last):
+                meter.write(first and folder / "log.jsonl", team, seen, seconds, bar, extra)
+            if first and (due(seen, config.batch, config.save) or last or stopped):
+                save(path, net=module.state_dict(), optimizer=optimizer.state_dict())
+            if first and config.snapshots and due(seen, config.batch, config.snapshots):
+                save(folder / f"snapshot-{seen:010d}.pt")
+            if first and config.preview and (due(seen, config.batch, config.preview) or last):
                 bar.set_postfix_str("drawing samples")
+                began = time.perf_counter()
                 job.preview(ema.net, folder / f"samples-{seen:09d}.png")
-            if stop.asked:
+                meter.began += time.perf_counter() - began
+            if stopped:
                 break
-    if stop.asked:
+    twosdm.gather(None)                               # what the first process saved is there for all
+    if stopped:
         print(f"stopped at {seen:,} images and saved {path}: the same command goes on from there",
               file=sys.stderr)
         return False
@@ -255,7 +296,7 @@ def due(seen, batch, every):
 def identify(config):
     """The settings that make a run what it is: those that it may not change on its way."""
     fixed = [f.name for f in dataclasses.fields(config) if f.metadata["fixed"]]
-    unet = ("arch", "width", "mults", "blocks", "attention", "dropout")
+    unet = ("arch", "width", "mults", "blocks", "attention", "dropout", "init_from")
     foreign = [name for name in fixed if (name in unet and config.stage in ("prior", "embedder"))
                or (name.startswith("prior_") and config.stage != "prior")
                or (name in ("embedder", "views") and config.stage == "baseline")]
@@ -267,7 +308,7 @@ def same_run(checkpoint, identity, path):
     if "identity" not in checkpoint:                  # fitted, not trained: that of `--embedder pixels`
         raise UserError(f"{path} is another embedder: give another --runs folder")
     other = {k: (checkpoint["identity"].get(k), v) for k, v in identity.items()
-             if checkpoint["identity"].get(k) != v}
+             if checkpoint["identity"].get(k, v) != v}
     if other:
         name, (old, new) = next(iter(other.items()))
         raise UserError(f"{path} was trained with --{name.replace('_', '-')} {old}, not {new}: "
@@ -280,10 +321,11 @@ def get_embedder(config, images, device):
         return twosdm.ClipEmbedder(config.clip_weights).to(device)
     path = Path(config.runs) / config.dataset / "embedder" / "checkpoint.pt"
     if config.embedder == "pixels":
-        if not path.exists():
+        if not path.exists() and not twosdm.rank():
             embedder = twosdm.PixelEmbedder(config.resolution).fit(images)
             twosdm.save_checkpoint(path, stage="embedder", embedder=twosdm.pack_embedder(embedder),
                                    fingerprints=dict(images=images.fingerprint))
+        twosdm.gather(None)
         checkpoint = twosdm.load_checkpoint(path, stage="embedder")
         if not checkpoint["embedder"] or checkpoint["fingerprints"]["images"] != images.fingerprint:
             raise UserError(f"{path} belongs to other images, another resolution or another embedder: "
@@ -310,58 +352,65 @@ class Meter:
         self.clear()
 
     def clear(self):
-        self.parts, self.norms, self.bad, self.began = [], [], [], time.perf_counter()
+        self.parts, self.norms, self.began = [], [], time.perf_counter()
 
     def losses(self, loss, sigma):
         self.parts.append((loss, sigma))
 
     def gradients(self, module):
-        """Replaces NaN and infinite gradients by finite ones, and keeps their number and the norm of all."""
+        """Replaces NaN and infinite gradients by finite ones, and keeps the norm that all had before."""
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        self.norms.append(norms.square().sum().sqrt())
-        if self.norms[-1].isfinite():
-            return
-        self.bad.append(sum(int((~g.isfinite()).sum()) for g in gradients))
-        for g in gradients:
+        self.norms.append(torch.stack(torch._foreach_norm(gradients)).square().sum().sqrt())
+        for g in gradients:                           # without a look at the norm: the GPU need not be waited for
             torch.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5, out=g)
 
-    def write(self, path, seen, seconds, bar, extra):
-        loss, sigma = (torch.cat(part).cpu() for part in zip(*self.parts))
-        bins = torch.bucketize(sigma.to(loss.dtype), torch.tensor(LOSS_BINS, dtype=loss.dtype))
-        edges = (0, *LOSS_BINS, "inf")
+    def write(self, path, team, seen, seconds, bar, extra):
+        """One line, of what all processes of the team have measured, if there is a path to write to."""
+        loss, sigma = (torch.cat(part).float().cpu() for part in zip(*self.parts))
+        if team > 1:
+            loss, sigma = (torch.cat(part) for part in zip(*twosdm.gather((loss, sigma))))
+        bins = torch.bucketize(sigma, torch.tensor(LOSS_BINS))
+        edges, norms = (0, *LOSS_BINS, "inf"), torch.stack(self.norms).cpu()
 
         def mean(values):                             # JSON knows no NaN
             return values.mean().item() if values.isfinite().all() else None
 
         line = dict(images=seen, loss=mean(loss), seconds=round(seconds, 2),
                     images_per_second=round(len(loss) / (time.perf_counter() - self.began), 1),
-                    gradient_norm=mean(torch.stack(self.norms)), nonfinite=sum(self.bad),
+                    gradient_norm=mean(norms), nonfinite=int((~norms.isfinite()).sum()),
                     loss_by_sigma={f"{edges[i]}-{edges[i + 1]}": mean(loss[bins == i])
                                    for i in range(len(edges) - 1) if (bins == i).any()}, **extra)
-        with twosdm.user_errors(f"{path} cannot be written"), open(path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if path:
+            with twosdm.user_errors(f"{path} cannot be written"), open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
         bar.set_postfix_str("loss not finite" if line["loss"] is None else f"loss {line['loss']:.4g}")
         self.clear()
 
 
 def start_log(path, seen):
     """Cuts off the lines a killed run wrote after its last checkpoint, so that none stands there twice."""
-    with twosdm.user_errors(f"{path} cannot be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = []
-        for line in lines:
-            if not line.endswith("\n") or json.loads(line)["images"] > seen:
-                break
-            kept.append(line)
-        path.with_suffix(".new").write_text("".join(kept))
-        os.replace(path.with_suffix(".new"), path)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = []
+    for line in lines:
+        if not line.endswith("\n") or json.loads(line)["images"] > seen:
+            break
+        kept.append(line)
+    with twosdm.written(path) as fresh:
+        fresh.write_text("".join(kept))
 
 
 class Stop:
     """While it lasts, SIGTERM or Ctrl-C only ask: finish the step, save, leave. The second leaves at once."""
     signals = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, team):
+        self.team = team
+
+    def __call__(self, step):
+        """Whether to stop after this step; several processes agree on that in every eighth."""
+        if self.team == 1:
+            return self.asked
+        return step % 8 == 0 and any(twosdm.gather(self.asked))
 
     def __enter__(self):
         self.asked, self.before = False, [signal.signal(number, self.ask) for number in self.signals]
@@ -390,7 +439,7 @@ def main():
                f"Data sets: {', '.join(twosdm.PRESETS)}.")
     twosdm.add_flags(parser, defaults)
     parser.add_argument("--dry-run", action="store_true",
-                        help="print the settings and parameter counts as JSON")
+                        help="print every setting with its source, and parameter counts, as JSON")
     args = vars(parser.parse_args())
     dry, _, _ = args.pop("dry_run"), args.pop("dataset"), args.pop("stage")
     changes = {name: value for name, value in args.items() if value is not None}
@@ -399,30 +448,66 @@ def main():
     if known.stage == "all" and configs[0].embedder != "shapes":
         configs = configs[1:]                         # nothing to train
     if dry:
-        print(json.dumps([describe(config) for config in configs], indent=2))
+        print("[\n" + ",\n".join(describe(config, changes) for config in configs) + "\n]")
         return 0
     device = twosdm.pick_device(configs[0].device)
-    print(f"{known.dataset}: {', '.join(c.stage for c in configs)} on {device}, {configs[0].precision}")
+    twosdm.join_processes(device)
+    print(f"{known.dataset}: {', '.join(c.stage for c in configs)} on {device}"
+          + f", {twosdm.processes()} processes" * (twosdm.processes() > 1))
     for config in configs:
-        if not train(config, device):
-            return 130
+        if config.short:
+            print(f"{config.stage}, --short: step size rises over {config.lr_ramp:,} images, EMA half-life "
+                  f"{config.ema_half_life:,} images")
+        folder = Path(config.runs) / config.dataset / config.stage
+        with contextlib.ExitStack() as held:
+            if not twosdm.rank():
+                with twosdm.user_errors(f"{folder} cannot be written"):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(twosdm.locked(folder / "lock", busy=f"another process is training "
+                                                     f"{folder}: wait for it, or give another --runs folder"))
+            if not train(config, device):
+                return 130
     if known.stage == "all":
         where = f" --runs {configs[0].runs} --dataset {known.dataset}" if len(sys.argv) > 1 else ""
         print(f"Next: python sample.py{where}, then python evaluate.py{where}")
     return 0
 
 
-def describe(config):
-    """What --dry-run prints of a stage: every resolved setting and the size of the network."""
+def describe(config, changes):
+    """What --dry-run prints of a stage: each setting with its source, and the size of the network, as JSON."""
     if config.stage == "embedder":
         module = twosdm.SmallClip()
     else:
-        y_dim = dict(clip=512, pixels=64, shapes=64)[config.embedder]
-        classes = 0 if config.a == "none" else len(twosdm.load_images(config).classes)
+        y_dim = 0 if config.stage == "baseline" else dict(clip=512, pixels=64, shapes=64)[config.embedder]
+        side = config.resolution
         with torch.device("meta"):
-            module = twosdm.build_denoiser(
-                recipe(config, None if config.stage == "baseline" else y_dim, classes))
-    return dict(dataclasses.asdict(config), parameters=sum(p.numel() for p in module.parameters()))
+            module = twosdm.build_denoiser(network(
+                config, y_dim, count_classes(config), (4, side // 8, side // 8) if config.vae else (3, side, side)))
+    whence = twosdm.sources(config.dataset, config.stage, **changes)
+    if config.short:
+        for name in set(twosdm.SCALED) - changes.keys():
+            whence[name] += ", scaled by --short"
+    values = dataclasses.asdict(config)
+    for function in (twosdm.Denoiser, twosdm.sigma_schedule, twosdm.Sampler):   # what no flag changes
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name in ("sigma_data", "p_mean", "p_std", "sigma_min", "sigma_max", "rho", "s_noise"):
+                values[name], whence[name] = parameter.default, "EDM"
+    for name, value in ADAM.items():
+        values["adam_" + name], whence["adam_" + name] = value, "EDM"
+    values["parameters"], whence["parameters"] = sum(p.numel() for p in module.parameters()), "counted"
+    lines = [f'    "{name}": {json.dumps(dict(value=value, source=whence[name]))}'
+             for name, value in values.items()]
+    return "  {\n" + ",\n".join(lines) + "\n  }"
+
+
+def count_classes(config):
+    """The number of classes that a configuration's data has, without preparing it; 0 if they are not used."""
+    if config.a == "none":
+        return 0
+    known = {"shapes": len(twosdm.SHAPES), "cifar10": 10, "imagenet-class": 1000, "imagenet-latent": 1000}
+    if config.dataset not in known and not config.data:
+        raise UserError("--a class: to count the classes add --data FOLDER_OR_ZIP")
+    return known.get(config.dataset) or len(twosdm.list_images(config.data)[2])
 
 
 if __name__ == "__main__":

@@ -21,12 +21,15 @@ Reading order: 1 configuration, 2 diffusion, 3 sampling, 4 two stages, 5 shared 
 7 U-Net, 8 embeddings, 9 data, 10 plumbing, 11 preparing images, 12 EDM's files. Sections 2 to 4 are the
 method; 5 to 9 are what it stands on; 10 to 12 can be left unread.
 """
+import argparse
 import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -70,11 +73,13 @@ COUNTS = ("one", "two", "three", "four")
 ATTRIBUTES = dict(shape=len(SHAPES), colour=len(COLOURS), background=len(COLOURS), count=len(COUNTS))
 
 
-def option(default, help, low=None, high=None, choices=None, fixed=True):
-    """A setting: its meaning, its bounds, and whether a run keeps it for life (fixed) or may change it."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, fixed=fixed))
+def option(default, help, low=None, high=None, choices=None, fixed=True, source="ours"):
+    """A setting: meaning, bounds, whether a run keeps it for life (fixed), and where its default is from."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, fixed=fixed,
+                                                source=source))
 
 
+PRECISIONS = ("fp32", "tf32", "bf16")
 STAGES = ("embedder", "prior", "image", "baseline")
 
 
@@ -84,7 +89,10 @@ class TrainConfig:
     stage: str = option("all", "what to train; all = whatever is missing, in this order",
                         choices=("all", *STAGES))
     dataset: str = option("shapes", "the preset: the data set and the settings that go with it")
-    data: str = option("", "folder or zip with the images (shapes draws its own)", fixed=False)
+    recipe: str = option("paper", "whose hyperparameters, where the paper and its authors' code differ",
+                         choices=("paper", "authors"), fixed=False)
+    data: str = option("", "folder or zip with the images (shapes draws its own, cifar10 is downloaded)",
+                       fixed=False)
     resolution: int = option(16, "height and width of the images, in pixels", low=4)
     size: int = option(20_000, "number of training images of shapes", low=1)
     skip_bad: bool = option(False, "leave out images that cannot be read instead of stopping", fixed=False)
@@ -92,41 +100,54 @@ class TrainConfig:
                            "of the shapes", choices=("clip", "pixels", "shapes"))
     clip_weights: str = option("openai", "'openai', which open_clip downloads, or a file", fixed=False)
     a: str = option("none", "what the user conditions on: nothing, or the class", choices=("none", "class"))
+    vae: str = option("", "diffuse in the latent space of this Stable Diffusion VAE: a hub's name or a folder",
+                      fixed=False)
     # The prior
-    prior_width: int = option(512, "width of the prior's tokens", low=1)
-    prior_depth: int = option(6, "number of transformer blocks of the prior", low=1)
-    prior_heads: int = option(8, "number of attention heads of the prior", low=1)
+    prior_width: int = option(512, "width of the prior's tokens", low=1, source="authors")
+    prior_depth: int = option(6, "number of transformer blocks of the prior", low=1, source="authors")
+    prior_heads: int = option(8, "number of attention heads of the prior", low=1, source="authors")
     # The image network
-    arch: str = option("ddpm++", "U-Net of the image model and the baseline", choices=("ddpm++", "adm"))
-    width: int = option(128, "channels of the U-Net at its finest level, divisible by 4", low=4)
-    mults: tuple = option((1, 2, 2, 2), "channel multiplier of each level")
-    blocks: int = option(4, "residual blocks per level", low=1)
-    attention: tuple = option((16,), "resolutions with self-attention")
+    arch: str = option("ddpm++", "U-Net of the image model and the baseline", choices=("ddpm++", "adm"),
+                       source="paper")
+    width: int = option(128, "channels of the U-Net at its finest level, divisible by 4", low=4, source="EDM")
+    mults: tuple = option((1, 2, 2, 2), "channel multiplier of each level", source="EDM")
+    blocks: int = option(4, "residual blocks per level", low=1, source="EDM")
+    attention: tuple = option((16,), "resolutions with self-attention", source="EDM")
     dropout: float = option(0.0, "dropout in the U-Net", low=0, high=0.99)
+    init_from: str = option("", "EDM's .pkl whose weights the image model or baseline starts from")
     # Training
     images: int = option(25_000_000, "length of each stage's training, in images seen", low=1, fixed=False)
     batch: int = option(256, "images per optimiser step", low=1)
     batch_gpu: int = option(0, "images per forward pass, to save memory; 0 = the whole batch",
                             low=0, fixed=False)
     lr: float = option(2e-4, "Adam's step size after the ramp", low=0, high=1)
-    lr_ramp: int = option(10_000_000, "images over which the step size rises from 0", low=0)
-    ema_half_life: int = option(500_000, "half-life of the weights' moving average, in images", low=0)
-    ema_ramp: float = option(0.05, "half-life at most this share of the images seen", low=0)
+    lr_ramp: int = option(10_000_000, "images over which the step size rises from 0", low=0, source="EDM")
+    ema_half_life: int = option(500_000, "half-life of the weights' moving average, in images", low=0,
+                                source="EDM")
+    ema_ramp: float = option(0.05, "half-life at most this share of the images seen", low=0, source="EDM")
+    short: bool = option(False, "a run shorter than the preset's: scale with --images the ramp of the step "
+                         "size, the EMA's half-life and the intervals of logs, pictures and checkpoints",
+                         fixed=False)
     augment: float = option(0.0, "probability of each geometric augmentation", low=0, high=1)
     views: int = option(32, "augmented views per image that the prior is trained on", low=1)
     seed: int = option(0, "seed of everything random", low=0, high=2**31)
     # Defaults of sampling, kept in the checkpoint
-    steps: int = option(40, "sampling steps (2·steps - 1 network evaluations)", low=2, fixed=False)
-    churn: float = option(50.0, "S_churn of the sampler; 0 = deterministic", low=0, high=1e9, fixed=False)
+    steps: int = option(40, "sampling steps (2·steps - 1 network evaluations)", low=2, fixed=False,
+                        source="paper")
+    churn: float = option(50.0, "S_churn of the sampler; 0 = deterministic", low=0, high=1e9, fixed=False,
+                          source="paper")
     # The machine
     device: str = option("auto", "auto = cuda, else mps, else cpu", fixed=False)
-    precision: str = option("fp32", "of the networks' arithmetic; weights stay fp32",
-                            choices=("fp32", "bf16"), fixed=False)
+    precision: str = option("auto", "of the networks' arithmetic, weights stay fp32; auto = bf16 on cuda, "
+                            "else fp32", choices=("auto", *PRECISIONS), fixed=False)
+    compile: bool | None = option(None, "torch.compile the network; unset = on cuda", fixed=False)
     runs: str = option("runs", "folder of all runs", fixed=False)
     log: int = option(50_000, "images between lines of log.jsonl", low=1, fixed=False)
     preview: int = option(1_000_000, "images between pictures of samples, which the image model draws after "
                           "embeddings of training images; 0 = none", low=0, fixed=False)
     save: int = option(500_000, "images between checkpoints", low=1, fixed=False)
+    snapshots: int = option(0, "images between snapshots of the averaged weights, which are kept for "
+                            "evaluate.py --history; 0 = none", low=0, fixed=False)
 
 
 K, M = 1_000, 1_000_000
@@ -134,39 +155,87 @@ ARCHITECTURES = {                                     # EDM's networks for 64×6
     "ddpm++": dict(width=128, mults=(1, 2, 2, 2), blocks=4, attention=(16,)),
     "adm": dict(width=192, mults=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8)),
 }
-# Settings by data set; those under `stages` hold for one stage alone (the baseline has the image model's).
+# Settings by data set, in layers (source, stages, settings), of which later ones win. Sources: the paper, its
+# authors' code where the paper is silent, EDM, or ours. Layers of "image" hold for the baseline as well.
+EVERY, IMAGE = ("embedder", "prior", "image", "baseline"), ("image", "baseline")
+SMALL_PRIOR = dict(lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4)
+PAPER_PRIOR = [("authors", ("prior",), dict(batch=256, lr=1e-4)),
+               ("ours", ("prior",), dict(images=100 * M))]                     # the paper: a day on a V100
+IMAGENET = [("paper", EVERY, dict(augment=0.0)), ("EDM", IMAGE, dict(dropout=0.10, **ARCHITECTURES["adm"])),
+            ("paper", IMAGE, dict(arch="adm", batch=128, lr=1e-4)),
+            ("ours", IMAGE, dict(ema_half_life=500 * K)),      # EDM's 50 M belong to its 2,500 M images
+            *PAPER_PRIOR]
 PRESETS = {
-    "shapes": dict(
-        embedder="shapes", lr_ramp=4 * K, log=2 * K, preview=12 * K, save=6 * K, steps=18, churn=0.0, views=1,
-        stages=dict(
-            embedder=dict(images=40 * K, lr=2e-3),
-            prior=dict(images=250 * K, lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4),
-            image=dict(images=44 * K, batch=32, lr=4e-3, width=24, mults=(1, 2, 2), blocks=1,
-                       attention=(4,)))),
-    "folder": dict(                                   # minutes on a CPU; on a GPU, give the U-Net more width
-        resolution=32, augment=0.15, lr_ramp=4 * K, log=2 * K, preview=6 * K, save=6 * K,
-        stages=dict(
-            prior=dict(images=400 * K, lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4),
-            image=dict(images=50 * K, batch=32, lr=2e-3, width=24, mults=(1, 2, 2), blocks=1,
-                       attention=(8,), dropout=0.05))),
-    "afhq": dict(
-        resolution=64, augment=0.15,
-        stages=dict(prior=dict(lr=1e-4), image=dict(dropout=0.25))),
-    "ffhq": dict(
-        resolution=64, augment=0.15,
-        stages=dict(prior=dict(lr=1e-4), image=dict(dropout=0.05))),
+    "shapes": [
+        ("ours", EVERY, dict(embedder="shapes", lr_ramp=4 * K, log=2 * K, preview=12 * K, save=6 * K, steps=18,
+                             churn=0.0, views=1)),
+        ("ours", ("embedder",), dict(images=40 * K, lr=2e-3)),
+        ("ours", ("prior",), dict(images=250 * K, **SMALL_PRIOR)),
+        ("ours", IMAGE, dict(images=44 * K, batch=32, lr=4e-3, width=24, mults=(1, 2, 2), blocks=1,
+                             attention=(4,), snapshots=11 * K))],
+    "folder": [                                       # minutes on a CPU; on a GPU, give the U-Net more width
+        ("EDM", EVERY, dict(augment=0.15)),
+        ("ours", EVERY, dict(resolution=32, lr_ramp=4 * K, log=2 * K, preview=6 * K, save=6 * K)),
+        ("ours", ("prior",), dict(images=400 * K, **SMALL_PRIOR)),
+        ("ours", IMAGE, dict(images=50 * K, batch=32, lr=2e-3, width=24, mults=(1, 2, 2), blocks=1,
+                             attention=(8,), dropout=0.05))],
+    "cifar10": [
+        ("EDM", EVERY, dict(resolution=32, a="class", augment=0.12)), *PAPER_PRIOR,
+        ("EDM", IMAGE, dict(images=200 * M, batch=512, lr=1e-3, dropout=0.13, mults=(2, 2, 2)))],
+    "afhq": [
+        ("paper", EVERY, dict(resolution=64, augment=0.15)), *PAPER_PRIOR,
+        ("paper", IMAGE, dict(images=25 * M, batch=256, lr=2e-4, dropout=0.25))],
+    "ffhq": [
+        ("paper", EVERY, dict(resolution=64, augment=0.15)), *PAPER_PRIOR,
+        ("paper", IMAGE, dict(images=25 * M, batch=256, lr=2e-4, dropout=0.05))],
+    "imagenet": [("paper", EVERY, dict(resolution=64)), *IMAGENET],
+    "imagenet-class": [("paper", EVERY, dict(resolution=64, a="class")), *IMAGENET],
+    "imagenet-latent": [("paper", EVERY, dict(resolution=256, a="class", vae="stabilityai/sd-vae-ft-mse")),
+                        *IMAGENET],
 }
+AUTHORS = dict.fromkeys(("afhq", "ffhq"), ("authors", IMAGE, dict(batch=128, lr=1e-4, dropout=0.05)))
+
+
+SCALED = ("lr_ramp", "ema_half_life", "log", "preview", "save", "snapshots")             # by --short
+
+
+def layers(dataset, stage, changes):
+    """The layers of settings that make a configuration, [(source, settings)]; later ones win."""
+    if dataset not in PRESETS:
+        raise UserError(f"--dataset {dataset} is unknown: choose one of {', '.join(PRESETS)}")
+    preset = list(PRESETS[dataset])
+    if changes.get("recipe") == "authors":
+        if dataset not in AUTHORS:
+            raise UserError(f"--recipe authors: for {dataset} the authors' hyperparameters are not known or "
+                            f"not others than the paper's: leave the flag away")
+        preset.append(AUTHORS[dataset])
+    stages = "image" if stage == "all" else stage
+    found = [(source, settings) for source, where, settings in preset if stages in where]
+    arch = next((settings["arch"] for _, settings in reversed(found) if "arch" in settings), "ddpm++")
+    if changes.get("arch", arch) != arch:             # another net has other sizes
+        found.append(("EDM", ARCHITECTURES.get(changes["arch"], {})))
+    return [*found, ("you", dict(dataset=dataset, stage=stage) | changes)]
+
+
+def sources(dataset, stage, **changes):
+    """{setting: where its value is from}, for `configure` with the same arguments."""
+    defaults = {f.name: f.metadata["source"] for f in dataclasses.fields(TrainConfig)}
+    return defaults | {name: source for source, settings in layers(dataset, stage, changes)
+                       for name in settings}
 
 
 def configure(dataset="shapes", stage="image", **changes):
     """The settings of one stage: the defaults, then the preset's, then `changes`. Raises UserError."""
-    if dataset not in PRESETS:
-        raise UserError(f"--dataset {dataset} is unknown: choose one of {', '.join(PRESETS)}")
-    chosen = dict(PRESETS[dataset])
-    chosen |= chosen.pop("stages").get({"baseline": "image", "all": "image"}.get(stage, stage), {})
-    if changes.get("arch", "ddpm++") != chosen.get("arch", "ddpm++"):     # another net has other sizes
-        chosen |= ARCHITECTURES.get(changes["arch"], {})
-    config = TrainConfig(**(chosen | dict(dataset=dataset, stage=stage) | changes))
+    chosen, length = {}, TrainConfig.images
+    for source, settings in layers(dataset, stage, changes):
+        chosen |= settings
+        length = length if source == "you" else chosen.get("images", length)
+    config = TrainConfig(**chosen)
+    if config.short:
+        for name in SCALED:
+            if name not in changes:
+                scaled = -(-getattr(config, name) * config.images // length)
+                setattr(config, name, min(scaled, getattr(config, name)))
     if dataset == "shapes" and config.data:
         raise UserError(f"--data {config.data} needs a --dataset, such as folder: shapes draws its own")
     for f in dataclasses.fields(config):
@@ -182,12 +251,15 @@ def configure(dataset="shapes", stage="image", **changes):
         if f.type is tuple and (not numbers or any(n < 1 for n in numbers)):
             raise UserError(f"{flag} {value}: give whole numbers of at least 1, as in 1,2,2")
     for flag, value, divisor, why in (
-            ("--resolution", config.resolution, 2 ** (len(config.mults) - 1), "to be halved at each level"),
+            ("--resolution", config.resolution, 2 ** (len(config.mults) - 1) * (8 if config.vae else 1),
+             "to be halved at each level" + " below the VAE's 8 pixels" * bool(config.vae)),
             ("--width", config.width, 64 if config.arch == "adm" else 4, "the size of a group or head"),
             ("--prior-width", config.prior_width, config.prior_heads, "the number of --prior-heads"),
             ("--prior-width", config.prior_width, 4, "for its sinusoids")):
         if value % divisor:
             raise UserError(f"{flag} {value} must be divisible by {divisor}, {why}")
+    if config.vae and config.augment:
+        raise UserError("--vae has latents of images as they are: --augment 0")
     return config
 
 
@@ -208,10 +280,10 @@ def add_flags(parser, config):
     convert = {int: count, tuple: numbers}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        shown = ",".join(map(str, value)) if f.type is tuple else value if value != "" else "none"
+        shown = ",".join(map(str, value)) if f.type is tuple else value if value not in ("", None) else "none"
         options = dict(default=None, help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%"))
-        if f.type is bool:
-            options |= dict(action="store_true")
+        if f.type in (bool, bool | None):
+            options |= dict(action="store_true" if f.type is bool else argparse.BooleanOptionalAction)
         else:
             options |= dict(type=convert.get(f.type, f.type),
                             metavar="|".join(f.metadata["choices"] or ()) or f.type.__name__.upper())
@@ -850,7 +922,7 @@ def embedding_bank(images, embedder, folder, augment=None, views=1, seed=0, devi
                 file.truncate(done * row)
                 for start in range(done, total, batch):
                     rows = np.arange(start, min(start + batch, total))
-                    x, labels = images.batch(rows % N).to(device), torch.zeros(len(rows), 9)
+                    x, labels = images.batch(rows % N, device), torch.zeros(len(rows), 9)
                     if augment:
                         generator = torch.Generator().manual_seed(mix_seed("views", seed, start))
                         x, labels = augment(x, augment.draw(len(rows), generator))
@@ -959,6 +1031,30 @@ def shapes_captions(index, seed=0):
     return captions
 
 
+def send(array, device):
+    """An array or CPU tensor -> tensor on the device; to a GPU without waiting for what it is doing."""
+    tensor = torch.as_tensor(array)
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def take(array, rows, device):
+    """array[rows] on the device, from a (memory-mapped) array or a tensor that is there already."""
+    return array[send(rows, device)] if torch.is_tensor(array) else send(array[np.asarray(rows)], device)
+
+
+def hold(array, device):
+    """The array as a tensor on the GPU if that takes at most a quarter of its free memory, else as it is."""
+    if torch.device(device).type != "cuda" or array.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+        return array
+    kind = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    held = torch.empty(array.shape, dtype=kind, device=device)
+    for start in range(0, len(array), 4096):
+        held[start:start + 4096] = torch.from_numpy(np.array(array[start:start + 4096]))
+    return held
+
+
 @dataclass
 class Images:
     """A data set: pixels (N, H, W, 3) uint8, in memory or mapped; labels (N,) int64 or None; class names."""
@@ -975,9 +1071,14 @@ class Images:
         """The first 12 digits of the sha256 of pixels and labels."""
         return self.info["sha256"][:12]
 
-    def batch(self, rows):
+    @property
+    def shape(self):
+        """(C, H, W) of what the image network models."""
+        return (3, *self.pixels.shape[1:3])
+
+    def batch(self, rows, device="cpu"):
         """(B,) -> (B, 3, H, W) float32 in [-1, 1], channels last in memory, which convolutions prefer."""
-        return to_float(torch.from_numpy(self.pixels[np.asarray(rows)])).permute(0, 3, 1, 2)
+        return to_float(take(self.pixels, rows, device)).permute(0, 3, 1, 2)
 
 
 def shapes_world(index, resolution, seed=0):
@@ -994,10 +1095,32 @@ def shapes_world(index, resolution, seed=0):
                   dict(sha256=hashlib.sha256(pixels).hexdigest(), source="shapes"))
 
 
+def cifar10(folder):
+    """CIFAR-10's 50,000 training images, which torchvision downloads into the folder once."""
+    import torchvision
+    with user_errors(f"CIFAR-10 cannot be kept in {folder}"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with locked(Path(folder) / "lock"):
+            try:
+                with contextlib.redirect_stdout(sys.stderr):
+                    data = torchvision.datasets.CIFAR10(folder, train=True, download=True)
+            except Exception as error:                # whatever a network or a damaged file raises
+                url = torchvision.datasets.CIFAR10.url
+                raise UserError(f"CIFAR-10 cannot be had ({type(error).__name__}): fetch {url} elsewhere, put "
+                                f"it into a folder and give --data FOLDER") from None
+    pixels, labels = np.ascontiguousarray(data.data), np.array(data.targets, np.int64)
+    return Images(pixels, labels, data.classes, dict(
+        sha256=hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest(), source="cifar10"))
+
+
 def load_images(config):
     """The training images that a configuration names. Raises UserError."""
     if config.dataset == "shapes":
         return shapes_world(torch.arange(config.size), config.resolution, config.seed)
+    if config.dataset == "cifar10" and (not config.data or list(Path(config.data).glob("cifar-10-*py*"))):
+        if config.resolution != 32:
+            raise UserError(f"--resolution {config.resolution}: the images of cifar10 have 32")
+        return cifar10(config.data or Path(config.runs) / "cifar10" / "data")
     if not config.data:
         raise UserError(f"--dataset {config.dataset} needs its images: add --data FOLDER_OR_ZIP")
     return prepare_images(config.data, config.resolution, Path(config.runs) / config.dataset / "data",
@@ -1145,15 +1268,91 @@ def user_errors(what):
                         f"choose another place or free some space") from None
 
 
+@contextlib.contextmanager
+def written(path):
+    """Gives a path to write to, which then becomes `path`: whole or not at all, whatever happens."""
+    path = Path(path)
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield fresh
+        with open(fresh, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except (OSError, RuntimeError) as error:          # torch reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:100]
+        raise UserError(f"{path} cannot be written ({reason}): free some space or choose another place; what "
+                        f"was there before is untouched") from None
+    finally:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+
+
 def pick_device(name):
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else
-                            "mps" if torch.backends.mps.is_available() else "cpu")
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and processes() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.empty(0, device=name)
         return torch.device(name)
     except Exception:                                 # torch's errors for devices have no common class
         raise UserError(f"--device {name} is not available here: leave the flag away, or use cpu") from None
+
+
+def set_precision(name, device, auto):
+    """Resolves --precision (`auto`: what it is on a GPU) and sets how the device multiplies float32.
+
+    fp32: exactly; tf32: as NVIDIA's TF32, ten bits of mantissa; bf16: TF32 outside of autocast.
+    """
+    name = name if name != "auto" else auto if device.type == "cuda" else "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
+    return name
+
+
+def compile_network(net, wanted, device):
+    """Compiles a network in place with torch.compile: if wanted, or by default (None) on CUDA."""
+    if wanted is None and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        print("torch.compile needs Triton, which is not installed: going on without, slower", file=sys.stderr)
+    elif wanted or (wanted is None and device.type == "cuda"):
+        net.compile()
+
+
+def processes():
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """The number of this process among them, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def join_processes(device):
+    """Meets the other processes of torchrun, if any. From here on only the first one prints."""
+    if processes() == 1:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                         timeout=datetime.timedelta(hours=4))
+    if rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def share(items):
+    """Of a sequence, this process's part: every so-manieth item."""
+    return items[rank()::processes()]
+
+
+def gather(value):
+    """[value of process 0, of process 1, ...] in every process; waits for all of them."""
+    if processes() == 1:
+        return [value]
+    values = [None] * processes()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 class EMA:
@@ -1182,21 +1381,8 @@ FORMAT = "twosdm 1"
 
 def save_checkpoint(path, **content):
     """Writes tensors, numbers, strings and dicts, whole or not at all: an older file survives any failure."""
-    path = Path(path)
-    fresh = path.with_name(path.name + ".new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(fresh, "wb") as file:
-            torch.save(dict(format=FORMAT, **content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    except (OSError, RuntimeError) as error:          # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:100]
-        raise UserError(f"{path} cannot be written ({reason}): free some space or choose another folder with "
-                        f"--runs; what was saved before is untouched") from None
+    with written(path) as fresh:
+        torch.save(dict(format=FORMAT, **content), fresh)
 
 
 def load_checkpoint(path, **expected):
@@ -1252,27 +1438,28 @@ def save_picture(path, pixels, least=0):
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     factor = max(1, -(-least // picture.width))
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    fresh = Path(path).with_name("." + Path(path).name + ".new")
-    with user_errors(f"{path} cannot be written"):
+    with written(path) as fresh:
         picture.save(fresh, "PNG")
-        os.replace(fresh, path)
 
 
 def run(main):
     """Runs a script's main; a mistake of the user's ends in one sentence and exit code 1, no traceback."""
-    code = 1
+    code, stderr = 1, sys.stderr                      # before join_processes has silenced all but one
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {error}", file=stderr)
     except torch.OutOfMemoryError:
         print("error: out of the device's memory: give a smaller --batch (when training, --batch-gpu)",
-              file=sys.stderr)
+              file=stderr)
     except KeyboardInterrupt:
         code = 130
         print("\nstopped: the same command goes on from what is finished", file=sys.stderr)
     except BrokenPipeError:                           # as in `python evaluate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if processes() > 1 and torch.distributed.is_initialized() and code == 0:
+        torch.distributed.destroy_process_group()
     sys.exit(code)
 
 
@@ -1520,12 +1707,15 @@ def describe(bad, total):
 
 
 @contextlib.contextmanager
-def locked(path):
-    """Holds a lock that ends with the process, so that two runs never prepare one cache at once."""
+def locked(path, busy=""):
+    """Holds a lock that ends with the process. Another's is waited for, or is a UserError that says `busy`."""
     with open(path, "w") as file:
         with contextlib.suppress(ImportError):       # Windows has no fcntl
             import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            except BlockingIOError:
+                raise UserError(busy) from None
         yield
 
 

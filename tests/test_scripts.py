@@ -165,11 +165,67 @@ def test_accumulation_has_the_loss_of_the_whole_batch(trained, call, tmp_path):
     assert np.allclose(*logs, rtol=1e-4)
 
 
-def test_dry_run_prints_every_setting_as_json_and_trains_nothing(tmp_path, call):
-    code, out, err = call(train, "--dataset", "afhq", "--stage", "image", "--dry-run", cwd=tmp_path)
+# Of latents: a channel more at both ends, 9·192 weights each and a bias; and the seven blocks with attention of
+# each level, 4c² + 6c weights, are those of 32, 16 and 8 pixels, here the levels of 192, 384 and 576 channels.
+LATENT = 2 * 9 * 192 + 1 - 7 * (4 * (768**2 - 192**2) + 6 * (768 - 192))
+# Spec: (batch, lr, dropout, augment, EMA half-life, images, arch, parameters of image model and of baseline).
+PAPER = {
+    "afhq": (256, 2e-4, 0.25, 0.15, 500_000, 25_000_000, "ddpm++", 61_871_235, 61_805_571),
+    "ffhq": (256, 2e-4, 0.05, 0.15, 500_000, 25_000_000, "ddpm++", 61_871_235, 61_805_571),
+    "cifar10": (512, 1e-3, 0.13, 0.12, 500_000, 200_000_000, "ddpm++", 55_733_891 + (1 + 10 + 512) * 128,
+                55_733_891 + (1 + 10) * 128),
+    "imagenet": (128, 1e-4, 0.10, 0.0, 500_000, 25_000_000, "adm", 295_524_483, 295_131_267),
+    "imagenet-class": (128, 1e-4, 0.10, 0.0, 500_000, 25_000_000, "adm", 296_292_483, 295_899_267),
+    "imagenet-latent": (128, 1e-4, 0.10, 0.0, 500_000, 25_000_000, "adm", 296_292_483 + LATENT,
+                        295_899_267 + LATENT)}
+
+
+@pytest.mark.parametrize("dataset", PAPER)
+def test_dry_run_prints_the_papers_settings_with_their_sources_and_counts(dataset, tmp_path, call):
+    batch, lr, dropout, augment, half_life, images, arch, image, baseline = PAPER[dataset]
+    for stage, parameters in (("image", image), ("baseline", baseline)):
+        code, out, err = call(train, "--dataset", dataset, "--stage", stage, "--dry-run", cwd=tmp_path)
+        assert code == 0 and not any(tmp_path.iterdir())
+        settings, = json.loads(out)
+        value = {name: entry["value"] for name, entry in settings.items()}
+        assert all(entry["source"] for entry in settings.values())
+        assert value["parameters"] == parameters
+        assert (value["batch"], value["lr"], value["dropout"], value["augment"]) == (batch, lr, dropout, augment)
+        assert (value["ema_half_life"], value["images"], value["arch"]) == (half_life, images, arch)
+        assert (value["lr_ramp"], value["ema_ramp"], value["steps"], value["churn"]) == (10**7, 0.05, 40, 50)
+        assert value["resolution"] == {"cifar10": 32, "imagenet-latent": 256}.get(dataset, 64)
+        assert value["a"] == ("none" if dataset in ("afhq", "ffhq", "imagenet") else "class")
+        assert (value["sigma_data"], value["p_mean"], value["p_std"]) == (0.5, -1.2, 1.2)
+        assert (value["sigma_min"], value["sigma_max"], value["rho"], value["s_noise"]) == (0.002, 80, 7, 1.007)
+        assert (value["adam_betas"], value["adam_eps"]) == ([0.9, 0.999], 1e-8)
+        sizes = (value["width"], tuple(value["mults"]), value["blocks"], tuple(value["attention"]))
+        assert sizes == ((192, (1, 2, 3, 4), 3, (32, 16, 8)) if arch == "adm" else
+                         (128, (2, 2, 2) if dataset == "cifar10" else (1, 2, 2, 2), 4, (16,)))
+    code, out, err = call(train, "--dataset", dataset, "--stage", "prior", "--dry-run", cwd=tmp_path)
     settings, = json.loads(out)
-    assert settings["parameters"] == 61_871_235 and settings["lr"] == 2e-4 and settings["dropout"] == 0.25
-    assert code == 0 and not any(tmp_path.iterdir())
+    prior = [settings[name]["value"] for name in ("batch", "lr", "prior_width", "prior_depth", "prior_heads")]
+    assert prior == [256, 1e-4, 512, 6, 8] and settings["lr"]["source"] == "authors"
+    assert settings["augment"]["value"] == augment
+
+
+def test_the_authors_recipe_is_theirs_where_it_is_known(tmp_path, call):
+    for dataset in ("afhq", "ffhq"):
+        config = twosdm.configure(dataset, "image", recipe="authors")
+        assert (config.batch, config.lr, config.dropout, config.augment) == (128, 1e-4, 0.05, 0.15)
+        assert twosdm.sources(dataset, "image", recipe="authors")["dropout"] == "authors"
+        assert twosdm.configure(dataset, "prior", recipe="authors").lr == 1e-4
+        chosen = twosdm.sources(dataset, "image", recipe="authors", dropout=0.3)
+        assert chosen["dropout"] == "you" and chosen["batch"] == "authors"
+    refused(call(train, "--dataset", "imagenet", "--recipe", "authors", cwd=tmp_path), "--recipe authors")
+
+
+def test_short_runs_scale_what_grows_with_the_length():
+    short = twosdm.configure("afhq", "image", short=True, images=250_000)
+    assert (short.lr_ramp, short.ema_half_life, short.preview, short.save) == (100_000, 5_000, 10_000, 5_000)
+    kept = twosdm.configure("afhq", "image", short=True, images=250_000, lr_ramp=7)
+    assert kept.lr_ramp == 7 and kept.ema_half_life == 5_000
+    longer = twosdm.configure("afhq", "image", short=True, images=500_000_000)
+    assert (longer.lr_ramp, longer.ema_half_life) == (10_000_000, 500_000)
 
 
 def test_help_shows_the_defaults_of_the_chosen_stage(tmp_path, call):
@@ -302,12 +358,12 @@ def test_bad_input_gets_one_sentence(trained, call, tmp_path):
         refused(call(sample, *runs, flag, value, cwd=tmp_path), flag)
     refused(call(sample, *runs, "--class", 0, cwd=tmp_path), "without classes")
     refused(call(evaluate, *runs, "--metrics", "fdi", cwd=tmp_path), "fdi")
-    refused(call(sample, *runs, "--image", trained / "runs/shapes/prior/checkpoint.pt",
-                 cwd=tmp_path), "'prior'")
+    refused(call(sample, *runs, "--method", "oracle", "--checkpoint",
+                 trained / "runs/shapes/prior/checkpoint.pt", cwd=tmp_path), "prior", "oracle")
     refused(call(train, *TINY, *runs, "--stage", "image", "--width", 16, cwd=tmp_path), "--width 8, not 16")
     broken = tmp_path / "broken.pt"
     broken.write_bytes((trained / "runs/shapes/image/checkpoint.pt").read_bytes()[:5000])
-    refused(call(sample, *runs, "--image", broken, cwd=tmp_path), "damaged")
+    refused(call(sample, *runs, "--checkpoint", broken, cwd=tmp_path), "damaged")
     (tmp_path / "file").write_text("")
     refused(call(sample, *runs, "--out", tmp_path / "file", cwd=tmp_path), "file")
     refused(call(sample, *runs, "--out", tmp_path / "file" / "below", cwd=tmp_path), "file")
