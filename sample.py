@@ -254,7 +254,7 @@ def main():
     for part in twosdm.share([missing[i:i + args.batch] for i in range(0, len(missing), args.batch)]):
         for seed, pixels in zip(part, pipeline(part)):
             twosdm.save_picture(folder / f"{seed:06d}.png", pixels)
-        bar.update(len(part) * twosdm.processes())
+        bar.update(min(len(part) * twosdm.processes(), bar.total - bar.n))
     bar.close()
     twosdm.gather(None)
     if twosdm.rank():

@@ -222,7 +222,7 @@ def train(config, device):
     whole = config.stage == "embedder"
     team, me, first = 1 if whole else twosdm.processes(), 0 if whole else twosdm.rank(), not twosdm.rank()
     part = config.batch if whole else config.batch_gpu or config.batch
-    step = Loss(job) if team == 1 else nn.parallel.DistributedDataParallel(Loss(job), broadcast_buffers=False)
+    step = Loss(job) if team == 1 else nn.parallel.DistributedDataParallel(Loss(job))
     if not whole:
         twosdm.compile_network(module.net, config.compile, device)
 

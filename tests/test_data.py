@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -331,3 +332,31 @@ def test_a_cache_is_used_again_only_if_it_matches(tmp_path, monkeypatch):
     source.rename(tmp_path / "moved")
     source = tmp_path / "moved"
     assert prepare()[1] == 6                                           # the same files elsewhere
+
+
+def cifar_files(root):
+    """CIFAR-10's five training files and its names, with two images each; -> pixels (10, 32, 32, 3), labels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
+    base = root / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+    for i in range(5):
+        rows = pixels[2 * i:2 * i + 2].transpose(0, 3, 1, 2).reshape(2, -1)
+        (base / f"data_batch_{i + 1}").write_bytes(pickle.dumps(dict(data=rows, labels=[i, 9 - i])))
+    (base / "batches.meta").write_bytes(pickle.dumps(dict(label_names=[f"class {i}" for i in range(10)])))
+    return pixels, np.array([label for i in range(5) for label in (i, 9 - i)])
+
+
+def test_cifar10_is_read_as_torchvision_keeps_it(tmp_path, monkeypatch):
+    import torchvision
+    pixels, labels = cifar_files(tmp_path)
+    config = data.configure("cifar10", "image", data=str(tmp_path))
+    with pytest.raises(UserError, match="cifar-10-python.tar.gz"):      # other checksums than the real ones
+        data.load_images(config)
+    # The real files' checksums cannot be met: those of the files above take their place.
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)
+    images = data.load_images(config)
+    assert (images.pixels == pixels).all() and (images.labels == labels).all()
+    assert images.classes[3] == "class 3" and images.shape == (3, 32, 32)
+    with pytest.raises(UserError, match="--resolution"):
+        data.load_images(data.configure("cifar10", "image", data=str(tmp_path), resolution=64))

@@ -155,6 +155,42 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(trained, call, tmp_pa
     assert same_bits(path, whole / "shapes" / "baseline" / "checkpoint.pt")
 
 
+def test_two_processes_train_and_sample_what_one_does(trained, call, tmp_path):
+    def in_two(name, *args):
+        return subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+             ROOT / f"{name}.py", *map(str, args)], cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+    result = in_two("train", *TINY)
+    assert result.returncode == 0 and result.stdout.count("Next:") == 1, result.stderr
+    for stage in twosdm.STAGES:
+        logs = [[json.loads(line) for line in (folder / "runs/shapes" / stage / "log.jsonl").open()]
+                for folder in (trained, tmp_path)]
+        assert len(logs[0]) == len(logs[1]) == 3
+        for one, two in zip(*logs):
+            assert abs(one["loss"] - two["loss"]) <= 1e-6 * one["loss"]
+            assert abs(one["gradient_norm"] - two["gradient_norm"]) <= 1e-5 * one["gradient_norm"]
+    flags = ["--runs", trained / "runs", "--n", 5, "--batch", 2, "--npz"]
+    assert in_two("sample", *flags, "--out", "two").returncode == 0
+    assert call(sample, *flags, "--out", "one", cwd=tmp_path)[0] == 0
+    one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two"))
+    assert np.array_equal(one, two)
+
+
+def test_one_folder_is_trained_by_one_process_at_a_time(trained, call, tmp_path):
+    folder = tmp_path / "runs" / "shapes" / "embedder"
+    folder.mkdir(parents=True)
+    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'w'); "
+                               "fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)",
+                               folder / "lock"], stdout=subprocess.PIPE)
+    try:
+        holder.stdout.readline()
+        refused(call(train, *TINY, cwd=tmp_path), "another process", "--runs")
+    finally:
+        holder.kill()
+
+
 def test_accumulation_has_the_loss_of_the_whole_batch(trained, call, tmp_path):
     shutil.copytree(trained / "runs", tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs" / "shapes" / "image")
