@@ -1602,7 +1602,7 @@ def load_edm_pickle(path):
 
 
 def from_edm_names(state):
-    """EDM's state dict -> one of `UNet`, without the condition's map: give it one of your own if y is added.
+    """EDM's state dict -> one of `UNet`, whose condition is EDM's class label.
 
     EDM names its blocks by resolution, in the order in which they run; here they are numbered. EDM
     interleaves q, k and v: output channel (head, channel, {q,k,v}); here it is ({q,k,v}, head, channel).
@@ -1623,6 +1623,38 @@ def from_edm_names(state):
             tensor = heads_and_channels.transpose(0, 1).flatten(0, 1)
         result[".".join([part, *rest])] = tensor.clone()
     return result
+
+
+def edm_settings(state, path="the file"):
+    """EDM's state dict -> keyword arguments of its `UNet`, from the names and shapes of the tensors alone.
+
+    Raises UserError, which names `path`, for any network that this UNet does not load strictly.
+    """
+    shapes = {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in state.items()}
+    levels = {}                                       # resolution -> channels of each encoder block
+    try:
+        for name, shape in shapes.items():
+            if block := re.fullmatch(r"enc\.(\d+)x\1_block\d+\.conv0\.weight", name):
+                levels.setdefault(int(block[1]), []).append(shape[0])
+            if "resample_filter" in name and shape != (1, 1, 2, 2):
+                raise ValueError(shape)               # NCSN++ has four taps
+        resolution = max(levels)
+        width, channels, *_ = shapes[f"enc.{resolution}x{resolution}_conv.weight"]
+        settings = dict(
+            resolution=resolution, channels=channels, cond_dim=shapes.get("map_label.weight", (0, 0))[1],
+            augment_dim=shapes.get("map_augment.weight", (0, 0))[1],
+            arch="adm" if "out_conv.weight" in shapes else "ddpm++", width=width,
+            mults=tuple(level[0] // width for level in levels.values()), blocks=len(levels[resolution]),
+            attention=tuple(r for r in levels if f"enc.{r}x{r}_block0.qkv.weight" in shapes))
+        with torch.device("meta"):                    # shapes without contents: instant at any size
+            UNet(**settings).load_state_dict(from_edm_names({k: v.to("meta") for k, v in state.items()}))
+    except Exception as error:                       # there are many ways to be another network
+        raise UserError(EDM_FILES.format(path)) from error
+    return settings
+
+
+EDM_FILES = ("{} is neither DDPM++ nor ADM with EDM's preconditioning: give one of EDM's edm-*-vp.pkl or "
+             "edm-imagenet-64x64-cond-adm.pkl")
 
 
 def read_edm_pickle(path):

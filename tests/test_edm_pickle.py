@@ -1,5 +1,6 @@
 """Reading EDM's pickles: the weights come out, and nothing inside is ever run."""
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 import twosdm
-from test_twosdm import edm_tiny, edm_weights
-from twosdm import UserError, read_edm_pickle
+from test_twosdm import HERE, edm_tiny, edm_weights
+from twosdm import UNet, UserError, edm_settings, read_edm_pickle
 
 
 class Call:
@@ -239,22 +240,108 @@ def test_allowed_names_with_odd_arguments_do_no_harm(tmp_path):
     assert before == (tensor.__defaults__, torch.Tensor.__setstate__, dict(vars(torch._utils)))
 
 
+def publish(path, weights, class_name="EDMPrecond", sigma_data=0.5, source="", **extra):
+    """A pickle of EDM's layout with these weights, named as EDM names them."""
+    def boxed(here, tensors, name="Anything", **state):
+        mine = [(key, torch.nn.Parameter(x)) for key, x in tensors.items() if "." not in key]
+        inner = OrderedDict()
+        for key, x in tensors.items():
+            if "." in key:
+                inner.setdefault(key.split(".")[0], {})[key.split(".", 1)[1]] = x
+        return here.module(name, mine, [(key, boxed(here, part)) for key, part in inner.items()], **state)
+
+    with Elsewhere() as here:
+        net = boxed(here, weights, class_name, source=source, sigma_data=sigma_data, **extra)
+        path.write_bytes(pickle.dumps(dict(ema=net)))
+    return path
+
+
 @pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
 def test_a_published_network_loads_into_the_unet(tmp_path, arch):
     """From a pickle of EDM's layout to a U-Net, strictly: every weight finds its place."""
-    def boxed(here, tensors):
-        mine = [(name, torch.nn.Parameter(x)) for name, x in tensors.items() if "." not in name]
-        inner = OrderedDict()
-        for name, x in tensors.items():
-            if "." in name:
-                inner.setdefault(name.split(".")[0], {})[name.split(".", 1)[1]] = x
-        return here.module("Anything", mine, [(name, boxed(here, part)) for name, part in inner.items()])
-
     weights = edm_weights(arch)
-    with Elsewhere() as here:
-        (tmp_path / "net.pkl").write_bytes(pickle.dumps(dict(ema=boxed(here, weights))))
-    state = twosdm.load_edm_pickle(tmp_path / "net.pkl")
     net = edm_tiny(arch)
-    net.load_state_dict(state)
+    net.load_state_dict(twosdm.load_edm_pickle(publish(tmp_path / "net.pkl", weights)))
     assert torch.equal(net.out_conv.weight, weights[
         "model.dec.16x16_aux_conv.weight" if arch == "ddpmpp" else "model.out_conv.weight"])
+
+
+def edm_names(net):
+    """A U-Net's state dict under EDM's names: the inverse of `from_edm_names`."""
+    R = size = net.resolution
+    names, state = {"enc.0": f"enc.{R}x{R}_conv", "map_cond": "map_label"}, {}
+    for part, first in ("enc", 1), ("dec", 2):
+        number = 0
+        for i, block in list(enumerate(getattr(net, part)))[first:]:
+            if block.resample:
+                size, number = size // 2 if block.resample == "down" else size * 2, 0
+            names[f"{part}.{i}"] = f"{part}.{size}x{size}_{block.resample or f'block{number}'}"
+            number += not block.resample
+        if part == "enc":
+            names |= {f"dec.{i}": f"dec.{size}x{size}_in{i}" for i in range(2)}
+    if not net.adm:
+        names |= {f"out_{part}": f"dec.{R}x{R}_aux_{part}" for part in ("norm", "conv")}
+    for name, tensor in net.state_dict().items():
+        if ".qkv." in name:
+            tensor = tensor.unflatten(0, (3, -1)).transpose(0, 1).flatten(0, 1)
+        depth = 2 if name.startswith(("enc.", "dec.")) else 1
+        head, rest = ".".join(name.split(".")[:depth]), name.split(".")[depth:]
+        state[".".join(["model", names.get(head, head), *rest])] = tensor
+    for key in [key for key in names.values() if key.endswith(("_up", "_down"))]:
+        for layer in ("conv0", "skip"):
+            state[f"model.{key}.{layer}.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
+    return state
+
+
+TINY = dict(resolution=16, channels=3, cond_dim=5, augment_dim=9, width=32, arch="ddpm++", mults=(1, 2),
+            blocks=1, attention=(8,))
+SIZES = {
+    "ddpmpp": TINY, "adm": dict(TINY, arch="adm", width=64),
+    "ffhq": dict(resolution=64, channels=3, cond_dim=0, augment_dim=9, arch="ddpm++", width=128,
+                 mults=(1, 2, 2, 2), blocks=4, attention=(16,)),
+    "imagenet": dict(resolution=64, channels=3, cond_dim=1000, augment_dim=0, arch="adm", width=192,
+                     mults=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8)),
+    "cifar10": dict(resolution=32, channels=3, cond_dim=10, augment_dim=9, arch="ddpm++", width=128,
+                    mults=(2, 2, 2), blocks=4, attention=(16,)),
+    "latent": dict(resolution=32, channels=4, cond_dim=1000, augment_dim=0, arch="adm", width=192,
+                   mults=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8))}
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+def test_the_names_invert(arch):
+    """`edm_names`, on which the tests below rest, makes EDM's own names and shapes, and comes back."""
+    net = edm_tiny(arch)
+    state = edm_names(net)
+    theirs = json.loads((HERE / f"edm_tiny_{arch}_shapes.json").read_text())
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == theirs
+    back = twosdm.from_edm_names(state)
+    assert set(back) == set(net.state_dict())
+    assert all(torch.equal(back[name], tensor) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_names_and_shapes_tell_the_settings(size):
+    with torch.device("meta"):
+        state = edm_names(UNet(**SIZES[size]))
+    assert edm_settings(state) == SIZES[size]
+
+
+def test_settings_without_attention_or_augmentation():
+    bare = dict(TINY, cond_dim=0, augment_dim=0, attention=(), mults=(1,), blocks=2)
+    assert edm_settings(edm_names(UNet(**bare))) == bare
+    assert edm_settings(edm_weights("ddpmpp")) == SIZES["ddpmpp"]
+    assert edm_settings(edm_weights("adm")) == SIZES["adm"]
+
+
+def test_files_of_something_else_are_refused(tmp_path):
+    weights = edm_weights("adm")
+    last = list(weights)[-1]
+    for state in ({}, dict(weights, extra=torch.zeros(3)), {k: v for k, v in weights.items() if k != last},
+                  dict(weights, **{"model.enc.16x16_conv.weight": torch.zeros(0)}),
+                  dict(weights, **{"model.enc.16x16_conv.weight": torch.zeros(0, 3, 3, 3)}),
+                  {"model.enc.9999x9999_block0.conv0.weight": torch.zeros(3, 3)},
+                  {"model.enc." + "9" * 5000 + "x" + "9" * 5000 + "_block0.conv0.weight": torch.zeros(3)},
+                  {"model.dec": torch.zeros(3)}):
+        with pytest.raises(UserError, match="neither DDPM") as error:
+            edm_settings(state)
+        assert "\n" not in str(error.value)
