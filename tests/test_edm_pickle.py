@@ -1,6 +1,9 @@
 """Reading EDM's pickles: the weights come out, and nothing inside is ever run."""
+import argparse
+import copy
 import io
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -12,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+import sample
 import twosdm
 from test_twosdm import HERE, edm_tiny, edm_weights
-from twosdm import UNet, UserError, edm_settings, read_edm_pickle
+from twosdm import Denoiser, UNet, UserError, edm_checkpoint, edm_settings, init_from_edm, read_edm_pickle
 
 
 class Call:
@@ -333,6 +337,39 @@ def test_settings_without_attention_or_augmentation():
     assert edm_settings(edm_weights("adm")) == SIZES["adm"]
 
 
+def ncsnpp(state, part):
+    """What tells NCSN++ from DDPM++, one at a time."""
+    other = dict(state)
+    if part == "frequencies":
+        other["model.map_noise.freqs"] = torch.ones(16)
+    elif part == "encoder":
+        other["model.enc.8x8_aux_residual.weight"] = torch.ones(32, 3, 3, 3)
+    elif part == "filter":
+        other |= {name: torch.ones(1, 1, 4, 4) for name in state if "resample_filter" in name}
+    elif part == "noise":
+        other["model.map_layer0.weight"] = torch.ones(128, 64)
+    return other
+
+
+@pytest.mark.parametrize("part", ["frequencies", "encoder", "filter", "noise"])
+def test_ncsnpp_is_refused(tmp_path, part):
+    path = publish(tmp_path / "ve.pkl", ncsnpp(edm_weights("ddpmpp"), part))
+    for read in edm_checkpoint, entry:
+        with pytest.raises(UserError, match=r"ve\.pkl is neither DDPM.*-vp\.pkl or .*-cond-adm\.pkl"):
+            read(path)
+
+
+@pytest.mark.parametrize("change", [
+    dict(class_name="VPPrecond"), dict(class_name="EDMPrecond\n"), dict(sigma_data=0.0), dict(sigma_data="a"),
+    dict(sigma_data=math.nan), dict(sigma_data=[0.5])])
+def test_other_preconditionings_are_refused(tmp_path, change):
+    """EDM also published reruns of other papers: the same tensors, another denoiser."""
+    path = publish(tmp_path / "net.pkl", edm_weights("ddpmpp"), **change)
+    with pytest.raises(UserError, match="with EDM's preconditioning") as error:
+        edm_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
 def test_files_of_something_else_are_refused(tmp_path):
     weights = edm_weights("adm")
     last = list(weights)[-1]
@@ -345,3 +382,161 @@ def test_files_of_something_else_are_refused(tmp_path):
         with pytest.raises(UserError, match="neither DDPM") as error:
             edm_settings(state)
         assert "\n" not in str(error.value)
+
+
+def golden(arch):
+    return {k: torch.from_numpy(v) for k, v in np.load(HERE / f"edm_tiny_{arch}.npz").items()}
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+def test_a_published_file_is_a_checkpoint_that_samples(tmp_path, arch):
+    published = edm_checkpoint(publish(tmp_path / "net.pkl", edm_weights(arch)))
+    twosdm.save_checkpoint(tmp_path / "checkpoint.pt", **published)
+    checkpoint = twosdm.load_checkpoint(tmp_path / "checkpoint.pt", stage="baseline")
+    reference, denoiser = golden(arch), twosdm.load_denoiser(checkpoint)
+    with torch.no_grad():
+        out = denoiser(reference["x"], reference["sigma"], reference["label"])
+    assert (out - reference["denoised_no_augment"]).abs().max() < 1e-5
+    parser = argparse.ArgumentParser()
+    sample.add_sampling_flags(parser)
+    args = parser.parse_args(["--baseline", str(tmp_path / "checkpoint.pt"), "--steps", "2"])
+    pipeline = sample.Pipeline(args, "baseline", torch.device("cpu"))
+    assert pipeline([0, 1]).shape == (2, 16, 16, 3)
+    assert pipeline.describe()["images_seen"] == {"baseline": None}
+    drawn = pipeline.labels(range(500)).sum(0)
+    assert drawn.shape == (5,) and drawn.min() > 70                     # uniform, and all of them
+
+
+def test_a_published_file_without_classes_is_a_checkpoint_without_classes(tmp_path):
+    state = edm_names(UNet(**dict(TINY, cond_dim=0)))
+    checkpoint = edm_checkpoint(publish(tmp_path / "edm-small-uncond-vp.pkl", state, sigma_data=0.25))
+    assert checkpoint["dataset"] == "edm-small-uncond-vp" and checkpoint["config"]["a"] == "none"
+    assert checkpoint["data"]["classes"] == [] and checkpoint["data"]["class_counts"] is None
+    assert checkpoint["model"]["sigma_data"] == twosdm.load_denoiser(checkpoint).sigma_data == 0.25
+
+
+def random_weights(state):
+    """None of them zero, so that whatever is misplaced shows."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: tensor if "filter" in name else torch.randn(tensor.shape, generator=generator)
+            / math.sqrt(max(1, tensor[0].numel())) * (1 if tensor.ndim > 1 else 0.1) + ("norm" in name)
+            for name, tensor in state.items()}
+
+
+def entry(path, settings=TINY, classes=5, dims=7, **changes):
+    """A new denoiser for y of `dims` and a of `classes`, finetuned from the file."""
+    torch.manual_seed(0)
+    denoiser = Denoiser(UNet(**dict(settings, cond_dim=dims + classes, **changes))).eval()
+    init_from_edm(denoiser, path, classes)
+    return denoiser
+
+
+def whole(path):
+    """The pretrained denoiser, in the memory format of a new one: another one rounds otherwise."""
+    checkpoint = edm_checkpoint(path)
+    denoiser = twosdm.build_denoiser(checkpoint["model"])
+    denoiser.load_state_dict(checkpoint["ema"])
+    return denoiser.eval()
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+@pytest.mark.parametrize("augment_dim", [0, 9])
+def test_at_step_0_a_finetuned_net_equals_the_class_conditional_one_whatever_y_is(
+        tmp_path, arch, augment_dim):
+    path, given = publish(tmp_path / "net.pkl", edm_weights(arch)), golden(arch)
+    denoiser = entry(path, SIZES[arch], augment_dim=augment_dim)
+    net, pretrained = (copy.deepcopy(d.net).double() for d in (denoiser, whole(path)))
+    label = given["augment"] if augment_dim else None
+    expected = given["denoised" if augment_dim else "denoised_no_augment"]
+    with torch.no_grad():
+        for scale in 0.0, 0.5, 10.0:
+            cond = twosdm.join(scale * torch.randn(2, 7), given["label"])
+            out = denoiser(given["x"], given["sigma"], cond, label)
+            assert (out - expected).abs().max() < 1e-5
+            x, c_noise, a, cond, augment = (                            # in float64, for float32 rounds
+                v if v is None else v.double() for v in (
+                    given["x"], given["sigma"].log() / 4, given["label"], cond, label))
+            difference = net(x, c_noise, cond, augment) - pretrained(x, c_noise, a, augment)
+            assert difference.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("theirs, ours", [(0, 0), (0, 9), (9, 0), (9, 9)])
+def test_at_step_0_a_finetuned_net_equals_the_unconditional_one_whatever_y_and_a_are(
+        tmp_path, arch, classes, theirs, ours):
+    settings = dict(SIZES[arch], cond_dim=0, augment_dim=theirs)
+    path = publish(tmp_path / "net.pkl", random_weights(edm_names(UNet(**settings))))
+    denoiser = entry(path, settings, classes, augment_dim=ours)
+    pretrained = whole(path)
+    x, sigma = torch.randn(3, 3, 16, 16), torch.tensor([0.01, 1.0, 50.0])
+    label = torch.randn(3, 9)
+    with torch.no_grad():
+        expected = pretrained(x, sigma, None, label if theirs and ours else None)
+        assert torch.equal(denoiser(x, sigma, torch.randn(3, 7 + classes), label if ours else None), expected)
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+@pytest.mark.parametrize("labels", [0, 5])
+def test_after_one_step_y_and_the_augmentation_matter(tmp_path, arch, labels):
+    settings = dict(SIZES[arch], cond_dim=labels, augment_dim=0)
+    path = publish(tmp_path / "net.pkl", random_weights(edm_names(UNet(**settings))))
+    denoiser = entry(path, settings, labels, augment_dim=9)
+    x, sigma = torch.randn(2, 3, 16, 16), torch.ones(2)
+    y, label = torch.randn(2, 7 + labels), torch.randn(2, 9)
+
+    def effects():
+        with torch.no_grad():
+            other = torch.cat([y[:, :7] + 1, y[:, 7:]], 1)
+            out = denoiser(x, sigma, y, label)
+            return [bool((denoiser(x, sigma, *conditions) - out).abs().max() > 1e-5)
+                    for conditions in ((other, label), (y, label + 1))]
+
+    assert effects() == [False, False]
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-3)
+    denoiser.loss(x, y, label).mean().backward()
+    optimizer.step()
+    assert effects() == [True, True]
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(resolution=32), ["--resolution 32", "for 16"]),
+    (dict(arch="adm", width=64), ["--arch adm", "for ddpm++"]),
+    (dict(width=64), ["--width 64", "for 32"]), (dict(mults=(1, 2, 2)), ["--mults 1,2,2", "for 1,2"]),
+    (dict(mults=(2, 2)), ["--mults 2,2", "for 1,2"]), (dict(blocks=2), ["--blocks 2", "for 1"]),
+    (dict(attention=(16, 8)), ["--attention 16,8", "for 8"]), (dict(attention=()), ["--attention none"]),
+    (dict(channels=4), ["channels 4", "for 3"]), (dict(augment_dim=6), ["augment_dim 6", "for 9"]),
+    (dict(classes=0), ["5 classes", "none"]), (dict(classes=4), ["5 classes", "for 4"])])
+def test_a_file_for_another_network_is_refused(tmp_path, changes, words):
+    path = publish(tmp_path / "net.pkl", edm_weights("ddpmpp"))
+    with pytest.raises(UserError, match="net.pkl") as error:
+        entry(path, **changes)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_another_sigma_data_is_refused_and_nothing_is_changed(tmp_path):
+    path = publish(tmp_path / "net.pkl", edm_weights("ddpmpp"), sigma_data=1.0)
+    denoiser = Denoiser(UNet(**TINY))
+    before = twosdm.fingerprint(denoiser)
+    with pytest.raises(UserError, match="sigma_data 0.5 does not fit"):
+        init_from_edm(denoiser, path, 5)
+    assert twosdm.fingerprint(denoiser) == before
+
+
+@pytest.mark.parametrize("read", [edm_checkpoint, entry])
+def test_neither_way_to_use_a_file_runs_what_is_inside(tmp_path, read):
+    """A whole network that would load, with something beside it: the attempts and places tested above."""
+    marker, weights = tmp_path / "marker", edm_weights("ddpmpp")
+    commands = dict(attempts(marker))
+    system = commands[f"{os.system.__module__}.system"]
+    for attempt, name in ((system, "system"), (commands["builtins.eval"], "eval"),
+                          (Call(torch.storage._load_from_bytes, legacy(system)), "system")):
+        path = publish(tmp_path / "net.pkl", weights, extra=attempt)
+        with pytest.raises(UserError, match=name):
+            read(path)
+        assert not marker.exists()
+        pickle.loads(pickle.dumps(attempt))                             # the attack is real
+        assert marker.exists()
+        marker.unlink(missing_ok=True)
+    read(publish(tmp_path / "net.pkl", weights, source=f"open({str(marker)!r}, 'w')"))
+    assert not marker.exists()
