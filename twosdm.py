@@ -1792,7 +1792,7 @@ def load_edm_pickle(path):
 
 
 def from_edm_names(state):
-    """EDM's state dict -> one of `UNet`, without the condition's map: give it one of your own if y is added.
+    """EDM's state dict -> one of `UNet`, whose condition is EDM's class label.
 
     EDM names its blocks by resolution, in the order in which they run; here they are numbered. EDM
     interleaves q, k and v: output channel (head, channel, {q,k,v}); here it is ({q,k,v}, head, channel).
@@ -1813,6 +1813,105 @@ def from_edm_names(state):
             tensor = heads_and_channels.transpose(0, 1).flatten(0, 1)
         result[".".join([part, *rest])] = tensor.clone()
     return result
+
+
+def edm_settings(state, path="the file"):
+    """EDM's state dict -> keyword arguments of its `UNet`, from the names and shapes of the tensors alone.
+
+    Raises UserError, which names `path`, for any network that this UNet does not load strictly.
+    """
+    shapes = {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in state.items()}
+    levels = {}                                       # resolution -> channels of each encoder block
+    try:
+        for name, shape in shapes.items():
+            if block := re.fullmatch(r"enc\.(\d+)x\1_block\d+\.conv0\.weight", name):
+                levels.setdefault(int(block[1]), []).append(shape[0])
+            if "resample_filter" in name and shape != (1, 1, 2, 2):
+                raise ValueError(shape)               # NCSN++ has four taps
+        resolution = max(levels)
+        width, channels, *_ = shapes[f"enc.{resolution}x{resolution}_conv.weight"]
+        settings = dict(
+            resolution=resolution, channels=channels, cond_dim=shapes.get("map_label.weight", (0, 0))[1],
+            augment_dim=shapes.get("map_augment.weight", (0, 0))[1],
+            arch="adm" if "out_conv.weight" in shapes else "ddpm++", width=width,
+            mults=tuple(level[0] // width for level in levels.values()), blocks=len(levels[resolution]),
+            attention=tuple(r for r in levels if f"enc.{r}x{r}_block0.qkv.weight" in shapes))
+        with torch.device("meta"):                    # shapes without contents: instant at any size
+            UNet(**settings).load_state_dict(from_edm_names({k: v.to("meta") for k, v in state.items()}))
+    except Exception as error:                       # there are many ways to be another network
+        raise UserError(EDM_FILES.format(path)) from error
+    return settings
+
+
+EDM_FILES = ("{} is neither DDPM++ nor ADM with EDM's preconditioning: give one of EDM's edm-*-vp.pkl or "
+             "edm-imagenet-64x64-cond-adm.pkl")
+
+
+def edm_checkpoint(path):
+    """A published `.pkl` of EDM -> the checkpoint of a baseline, as far as sampling reads it.
+
+    What the file does not tell is None: images seen, count and fingerprint of the training images. Classes
+    have numbers for names and equal counts, because EDM draws them uniformly. Raises UserError.
+    """
+    state, described = read_edm_pickle(path)
+    settings, sigma_data = edm_settings(state, path), described.get("sigma_data")
+    # Not so EDM's reruns of other papers (baseline-*.pkl), whose networks have the same shapes.
+    if described["class_name"] != "EDMPrecond" or type(sigma_data) is not float or not 0 < sigma_data < 1e3:
+        raise UserError(EDM_FILES.format(path))
+    name, classes = Path(path).stem, [str(i) for i in range(settings["cond_dim"])]
+    return dict(
+        stage="baseline", dataset=name, seen=None, embedder=None,
+        fingerprints=dict(images=None, embedder=None),
+        config=dict(stage="baseline", dataset=name, data="", resolution=settings["resolution"],
+                    a="class" if classes else "none", steps=TrainConfig.steps, churn=TrainConfig.churn),
+        data=dict(name=name, path="", count=None, fingerprint=None, classes=classes,
+                  class_counts=[1] * len(classes) or None),
+        model=dict(net="unet", predict="edm", sigma_data=sigma_data, settings=settings),
+        ema={f"net.{key}": tensor.float() for key, tensor in from_edm_names(state).items()})
+
+
+def init_from_edm(denoiser, path, classes=0):
+    """For finetuning: makes a new denoiser equal to a published `.pkl` of EDM, whatever y is.
+
+    The condition is y ⊕ a, with a one-hot a of `classes` entries. Its map becomes zero for y, and for a too
+    if the file has no classes; a map of augmentation labels becomes zero if the file has none, and the file's
+    is dropped if the denoiser has none. Raises UserError, with nothing changed, if anything else differs.
+    """
+    net, checkpoint = denoiser.net, edm_checkpoint(path)
+    assert denoiser.predict == "edm" and classes <= net.cond_dim, (denoiser.predict, classes, net.cond_dim)
+    theirs, weights = checkpoint["model"] | checkpoint["model"]["settings"], checkpoint["ema"]
+    blocks = [block for block in net.enc[1:] if not block.resample]
+    per_level = len(blocks) // (len(net.enc) - len(blocks))
+    ours = dict(
+        resolution=net.resolution, arch="adm" if net.adm else "ddpm++", width=net.width,
+        mults=tuple(block.cout // net.width for block in blocks[::per_level]), blocks=per_level,
+        attention=tuple(net.resolution >> i for i, block in enumerate(blocks[::per_level]) if block.heads),
+        channels=net.channels, sigma_data=denoiser.sigma_data)
+    if net.augment_dim and theirs["augment_dim"]:
+        ours["augment_dim"] = net.augment_dim
+    for name, value in ours.items():
+        if value != theirs[name]:
+            setting = f"--{name}" if hasattr(TrainConfig, name) else name
+            here, there = (",".join(map(str, v)) or "none" if isinstance(v, tuple) else v
+                           for v in (value, theirs[name]))
+            raise UserError(f"{setting} {here} does not fit {path}, which is for {there}: change one of them")
+    labels = theirs["cond_dim"]
+    if labels and labels != classes:
+        raise UserError(f"{path} is for {labels} classes and the new network for {classes or 'none'}: give "
+                        f"--a class and images of {labels} classes, or another file")
+    if net.cond_dim:
+        known = weights.get("net.map_cond.weight")
+        weights["net.map_cond.weight"] = torch.zeros(net.map_cond.weight.shape)
+        if labels:                                    # DDPM++ multiplies a condition by √(its length)
+            scale = 1.0 if net.adm else math.sqrt(labels / net.cond_dim)
+            weights["net.map_cond.weight"][:, -labels:] = scale * known
+        if not net.adm:
+            weights.setdefault("net.map_cond.bias", torch.zeros(net.width))
+    if net.augment_dim:
+        weights.setdefault("net.map_augment.weight", torch.zeros(net.map_augment.weight.shape))
+    else:
+        weights.pop("net.map_augment.weight", None)
+    denoiser.load_state_dict(weights)
 
 
 def read_edm_pickle(path):

@@ -1,5 +1,9 @@
 """Reading EDM's pickles: the weights come out, and nothing inside is ever run."""
+import argparse
+import copy
 import io
+import json
+import math
 import os
 import pickle
 import subprocess
@@ -11,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+import sample
 import twosdm
-from test_twosdm import edm_tiny, edm_weights
-from twosdm import UserError, read_edm_pickle
+from test_twosdm import HERE, edm_tiny, edm_weights
+from twosdm import Denoiser, UNet, UserError, edm_checkpoint, edm_settings, init_from_edm, read_edm_pickle
 
 
 class Call:
@@ -239,22 +244,299 @@ def test_allowed_names_with_odd_arguments_do_no_harm(tmp_path):
     assert before == (tensor.__defaults__, torch.Tensor.__setstate__, dict(vars(torch._utils)))
 
 
+def publish(path, weights, class_name="EDMPrecond", sigma_data=0.5, source="", **extra):
+    """A pickle of EDM's layout with these weights, named as EDM names them."""
+    def boxed(here, tensors, name="Anything", **state):
+        mine = [(key, torch.nn.Parameter(x)) for key, x in tensors.items() if "." not in key]
+        inner = OrderedDict()
+        for key, x in tensors.items():
+            if "." in key:
+                inner.setdefault(key.split(".")[0], {})[key.split(".", 1)[1]] = x
+        return here.module(name, mine, [(key, boxed(here, part)) for key, part in inner.items()], **state)
+
+    with Elsewhere() as here:
+        net = boxed(here, weights, class_name, source=source, sigma_data=sigma_data, **extra)
+        path.write_bytes(pickle.dumps(dict(ema=net)))
+    return path
+
+
 @pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
 def test_a_published_network_loads_into_the_unet(tmp_path, arch):
     """From a pickle of EDM's layout to a U-Net, strictly: every weight finds its place."""
-    def boxed(here, tensors):
-        mine = [(name, torch.nn.Parameter(x)) for name, x in tensors.items() if "." not in name]
-        inner = OrderedDict()
-        for name, x in tensors.items():
-            if "." in name:
-                inner.setdefault(name.split(".")[0], {})[name.split(".", 1)[1]] = x
-        return here.module("Anything", mine, [(name, boxed(here, part)) for name, part in inner.items()])
-
     weights = edm_weights(arch)
-    with Elsewhere() as here:
-        (tmp_path / "net.pkl").write_bytes(pickle.dumps(dict(ema=boxed(here, weights))))
-    state = twosdm.load_edm_pickle(tmp_path / "net.pkl")
     net = edm_tiny(arch)
-    net.load_state_dict(state)
+    net.load_state_dict(twosdm.load_edm_pickle(publish(tmp_path / "net.pkl", weights)))
     assert torch.equal(net.out_conv.weight, weights[
         "model.dec.16x16_aux_conv.weight" if arch == "ddpmpp" else "model.out_conv.weight"])
+
+
+def edm_names(net):
+    """A U-Net's state dict under EDM's names: the inverse of `from_edm_names`."""
+    R = size = net.resolution
+    names, state = {"enc.0": f"enc.{R}x{R}_conv", "map_cond": "map_label"}, {}
+    for part, first in ("enc", 1), ("dec", 2):
+        number = 0
+        for i, block in list(enumerate(getattr(net, part)))[first:]:
+            if block.resample:
+                size, number = size // 2 if block.resample == "down" else size * 2, 0
+            names[f"{part}.{i}"] = f"{part}.{size}x{size}_{block.resample or f'block{number}'}"
+            number += not block.resample
+        if part == "enc":
+            names |= {f"dec.{i}": f"dec.{size}x{size}_in{i}" for i in range(2)}
+    if not net.adm:
+        names |= {f"out_{part}": f"dec.{R}x{R}_aux_{part}" for part in ("norm", "conv")}
+    for name, tensor in net.state_dict().items():
+        if ".qkv." in name:
+            tensor = tensor.unflatten(0, (3, -1)).transpose(0, 1).flatten(0, 1)
+        depth = 2 if name.startswith(("enc.", "dec.")) else 1
+        head, rest = ".".join(name.split(".")[:depth]), name.split(".")[depth:]
+        state[".".join(["model", names.get(head, head), *rest])] = tensor
+    for key in [key for key in names.values() if key.endswith(("_up", "_down"))]:
+        for layer in ("conv0", "skip"):
+            state[f"model.{key}.{layer}.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
+    return state
+
+
+TINY = dict(resolution=16, channels=3, cond_dim=5, augment_dim=9, width=32, arch="ddpm++", mults=(1, 2),
+            blocks=1, attention=(8,))
+SIZES = {
+    "ddpmpp": TINY, "adm": dict(TINY, arch="adm", width=64),
+    "ffhq": dict(resolution=64, channels=3, cond_dim=0, augment_dim=9, arch="ddpm++", width=128,
+                 mults=(1, 2, 2, 2), blocks=4, attention=(16,)),
+    "imagenet": dict(resolution=64, channels=3, cond_dim=1000, augment_dim=0, arch="adm", width=192,
+                     mults=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8)),
+    "cifar10": dict(resolution=32, channels=3, cond_dim=10, augment_dim=9, arch="ddpm++", width=128,
+                    mults=(2, 2, 2), blocks=4, attention=(16,)),
+    "latent": dict(resolution=32, channels=4, cond_dim=1000, augment_dim=0, arch="adm", width=192,
+                   mults=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8))}
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+def test_the_names_invert(arch):
+    """`edm_names`, on which the tests below rest, makes EDM's own names and shapes, and comes back."""
+    net = edm_tiny(arch)
+    state = edm_names(net)
+    theirs = json.loads((HERE / f"edm_tiny_{arch}_shapes.json").read_text())
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == theirs
+    back = twosdm.from_edm_names(state)
+    assert set(back) == set(net.state_dict())
+    assert all(torch.equal(back[name], tensor) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_names_and_shapes_tell_the_settings(size):
+    with torch.device("meta"):
+        state = edm_names(UNet(**SIZES[size]))
+    assert edm_settings(state) == SIZES[size]
+
+
+def test_settings_without_attention_or_augmentation():
+    bare = dict(TINY, cond_dim=0, augment_dim=0, attention=(), mults=(1,), blocks=2)
+    assert edm_settings(edm_names(UNet(**bare))) == bare
+    assert edm_settings(edm_weights("ddpmpp")) == SIZES["ddpmpp"]
+    assert edm_settings(edm_weights("adm")) == SIZES["adm"]
+
+
+def ncsnpp(state, part):
+    """What tells NCSN++ from DDPM++, one at a time."""
+    other = dict(state)
+    if part == "frequencies":
+        other["model.map_noise.freqs"] = torch.ones(16)
+    elif part == "encoder":
+        other["model.enc.8x8_aux_residual.weight"] = torch.ones(32, 3, 3, 3)
+    elif part == "filter":
+        other |= {name: torch.ones(1, 1, 4, 4) for name in state if "resample_filter" in name}
+    elif part == "noise":
+        other["model.map_layer0.weight"] = torch.ones(128, 64)
+    return other
+
+
+@pytest.mark.parametrize("part", ["frequencies", "encoder", "filter", "noise"])
+def test_ncsnpp_is_refused(tmp_path, part):
+    path = publish(tmp_path / "ve.pkl", ncsnpp(edm_weights("ddpmpp"), part))
+    for read in edm_checkpoint, entry:
+        with pytest.raises(UserError, match=r"ve\.pkl is neither DDPM.*-vp\.pkl or .*-cond-adm\.pkl"):
+            read(path)
+
+
+@pytest.mark.parametrize("change", [
+    dict(class_name="VPPrecond"), dict(class_name="EDMPrecond\n"), dict(sigma_data=0.0), dict(sigma_data="a"),
+    dict(sigma_data=math.nan), dict(sigma_data=[0.5])])
+def test_other_preconditionings_are_refused(tmp_path, change):
+    """EDM also published reruns of other papers: the same tensors, another denoiser."""
+    path = publish(tmp_path / "net.pkl", edm_weights("ddpmpp"), **change)
+    with pytest.raises(UserError, match="with EDM's preconditioning") as error:
+        edm_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+def test_files_of_something_else_are_refused(tmp_path):
+    weights = edm_weights("adm")
+    last = list(weights)[-1]
+    for state in ({}, dict(weights, extra=torch.zeros(3)), {k: v for k, v in weights.items() if k != last},
+                  dict(weights, **{"model.enc.16x16_conv.weight": torch.zeros(0)}),
+                  dict(weights, **{"model.enc.16x16_conv.weight": torch.zeros(0, 3, 3, 3)}),
+                  {"model.enc.9999x9999_block0.conv0.weight": torch.zeros(3, 3)},
+                  {"model.enc." + "9" * 5000 + "x" + "9" * 5000 + "_block0.conv0.weight": torch.zeros(3)},
+                  {"model.dec": torch.zeros(3)}):
+        with pytest.raises(UserError, match="neither DDPM") as error:
+            edm_settings(state)
+        assert "\n" not in str(error.value)
+
+
+def golden(arch):
+    return {k: torch.from_numpy(v) for k, v in np.load(HERE / f"edm_tiny_{arch}.npz").items()}
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+def test_a_published_file_is_a_checkpoint_that_samples(tmp_path, arch):
+    published = edm_checkpoint(publish(tmp_path / "net.pkl", edm_weights(arch)))
+    twosdm.save_checkpoint(tmp_path / "checkpoint.pt", **published)
+    checkpoint = twosdm.load_checkpoint(tmp_path / "checkpoint.pt", stage="baseline")
+    reference, denoiser = golden(arch), twosdm.load_denoiser(checkpoint)
+    with torch.no_grad():
+        out = denoiser(reference["x"], reference["sigma"], reference["label"])
+    assert (out - reference["denoised_no_augment"]).abs().max() < 1e-5
+    parser = argparse.ArgumentParser()
+    sample.add_sampling_flags(parser)
+    args = parser.parse_args(["--baseline", str(tmp_path / "checkpoint.pt"), "--steps", "2"])
+    pipeline = sample.Pipeline(args, "baseline", torch.device("cpu"))
+    assert pipeline([0, 1]).shape == (2, 16, 16, 3)
+    assert pipeline.describe()["images_seen"] == {"baseline": None}
+    drawn = pipeline.labels(range(500)).sum(0)
+    assert drawn.shape == (5,) and drawn.min() > 70                     # uniform, and all of them
+
+
+def test_a_published_file_without_classes_is_a_checkpoint_without_classes(tmp_path):
+    state = edm_names(UNet(**dict(TINY, cond_dim=0)))
+    checkpoint = edm_checkpoint(publish(tmp_path / "edm-small-uncond-vp.pkl", state, sigma_data=0.25))
+    assert checkpoint["dataset"] == "edm-small-uncond-vp" and checkpoint["config"]["a"] == "none"
+    assert checkpoint["data"]["classes"] == [] and checkpoint["data"]["class_counts"] is None
+    assert checkpoint["model"]["sigma_data"] == twosdm.load_denoiser(checkpoint).sigma_data == 0.25
+
+
+def random_weights(state):
+    """None of them zero, so that whatever is misplaced shows."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: tensor if "filter" in name else torch.randn(tensor.shape, generator=generator)
+            / math.sqrt(max(1, tensor[0].numel())) * (1 if tensor.ndim > 1 else 0.1) + ("norm" in name)
+            for name, tensor in state.items()}
+
+
+def entry(path, settings=TINY, classes=5, dims=7, **changes):
+    """A new denoiser for y of `dims` and a of `classes`, finetuned from the file."""
+    torch.manual_seed(0)
+    denoiser = Denoiser(UNet(**dict(settings, cond_dim=dims + classes, **changes))).eval()
+    init_from_edm(denoiser, path, classes)
+    return denoiser
+
+
+def whole(path):
+    """The pretrained denoiser, in the memory format of a new one: another one rounds otherwise."""
+    checkpoint = edm_checkpoint(path)
+    denoiser = twosdm.build_denoiser(checkpoint["model"])
+    denoiser.load_state_dict(checkpoint["ema"])
+    return denoiser.eval()
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+@pytest.mark.parametrize("augment_dim", [0, 9])
+def test_at_step_0_a_finetuned_net_equals_the_class_conditional_one_whatever_y_is(
+        tmp_path, arch, augment_dim):
+    path, given = publish(tmp_path / "net.pkl", edm_weights(arch)), golden(arch)
+    denoiser = entry(path, SIZES[arch], augment_dim=augment_dim)
+    net, pretrained = (copy.deepcopy(d.net).double() for d in (denoiser, whole(path)))
+    label = given["augment"] if augment_dim else None
+    expected = given["denoised" if augment_dim else "denoised_no_augment"]
+    with torch.no_grad():
+        for scale in 0.0, 0.5, 10.0:
+            cond = twosdm.join(scale * torch.randn(2, 7), given["label"])
+            out = denoiser(given["x"], given["sigma"], cond, label)
+            assert (out - expected).abs().max() < 1e-5
+            x, c_noise, a, cond, augment = (                            # in float64, for float32 rounds
+                v if v is None else v.double() for v in (
+                    given["x"], given["sigma"].log() / 4, given["label"], cond, label))
+            difference = net(x, c_noise, cond, augment) - pretrained(x, c_noise, a, augment)
+            assert difference.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("theirs, ours", [(0, 0), (0, 9), (9, 0), (9, 9)])
+def test_at_step_0_a_finetuned_net_equals_the_unconditional_one_whatever_y_and_a_are(
+        tmp_path, arch, classes, theirs, ours):
+    settings = dict(SIZES[arch], cond_dim=0, augment_dim=theirs)
+    path = publish(tmp_path / "net.pkl", random_weights(edm_names(UNet(**settings))))
+    denoiser = entry(path, settings, classes, augment_dim=ours)
+    pretrained = whole(path)
+    x, sigma = torch.randn(3, 3, 16, 16), torch.tensor([0.01, 1.0, 50.0])
+    label = torch.randn(3, 9)
+    with torch.no_grad():
+        expected = pretrained(x, sigma, None, label if theirs and ours else None)
+        assert torch.equal(denoiser(x, sigma, torch.randn(3, 7 + classes), label if ours else None), expected)
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+@pytest.mark.parametrize("labels", [0, 5])
+def test_after_one_step_y_and_the_augmentation_matter(tmp_path, arch, labels):
+    settings = dict(SIZES[arch], cond_dim=labels, augment_dim=0)
+    path = publish(tmp_path / "net.pkl", random_weights(edm_names(UNet(**settings))))
+    denoiser = entry(path, settings, labels, augment_dim=9)
+    x, sigma = torch.randn(2, 3, 16, 16), torch.ones(2)
+    y, label = torch.randn(2, 7 + labels), torch.randn(2, 9)
+
+    def effects():
+        with torch.no_grad():
+            other = torch.cat([y[:, :7] + 1, y[:, 7:]], 1)
+            out = denoiser(x, sigma, y, label)
+            return [bool((denoiser(x, sigma, *conditions) - out).abs().max() > 1e-5)
+                    for conditions in ((other, label), (y, label + 1))]
+
+    assert effects() == [False, False]
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-3)
+    denoiser.loss(x, y, label).mean().backward()
+    optimizer.step()
+    assert effects() == [True, True]
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(resolution=32), ["--resolution 32", "for 16"]),
+    (dict(arch="adm", width=64), ["--arch adm", "for ddpm++"]),
+    (dict(width=64), ["--width 64", "for 32"]), (dict(mults=(1, 2, 2)), ["--mults 1,2,2", "for 1,2"]),
+    (dict(mults=(2, 2)), ["--mults 2,2", "for 1,2"]), (dict(blocks=2), ["--blocks 2", "for 1"]),
+    (dict(attention=(16, 8)), ["--attention 16,8", "for 8"]), (dict(attention=()), ["--attention none"]),
+    (dict(channels=4), ["channels 4", "for 3"]), (dict(augment_dim=6), ["augment_dim 6", "for 9"]),
+    (dict(classes=0), ["5 classes", "none"]), (dict(classes=4), ["5 classes", "for 4"])])
+def test_a_file_for_another_network_is_refused(tmp_path, changes, words):
+    path = publish(tmp_path / "net.pkl", edm_weights("ddpmpp"))
+    with pytest.raises(UserError, match="net.pkl") as error:
+        entry(path, **changes)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_another_sigma_data_is_refused_and_nothing_is_changed(tmp_path):
+    path = publish(tmp_path / "net.pkl", edm_weights("ddpmpp"), sigma_data=1.0)
+    denoiser = Denoiser(UNet(**TINY))
+    before = twosdm.fingerprint(denoiser)
+    with pytest.raises(UserError, match="sigma_data 0.5 does not fit"):
+        init_from_edm(denoiser, path, 5)
+    assert twosdm.fingerprint(denoiser) == before
+
+
+@pytest.mark.parametrize("read", [edm_checkpoint, entry])
+def test_neither_way_to_use_a_file_runs_what_is_inside(tmp_path, read):
+    """A whole network that would load, with something beside it: the attempts and places tested above."""
+    marker, weights = tmp_path / "marker", edm_weights("ddpmpp")
+    commands = dict(attempts(marker))
+    system = commands[f"{os.system.__module__}.system"]
+    for attempt, name in ((system, "system"), (commands["builtins.eval"], "eval"),
+                          (Call(torch.storage._load_from_bytes, legacy(system)), "system")):
+        path = publish(tmp_path / "net.pkl", weights, extra=attempt)
+        with pytest.raises(UserError, match=name):
+            read(path)
+        assert not marker.exists()
+        pickle.loads(pickle.dumps(attempt))                             # the attack is real
+        assert marker.exists()
+        marker.unlink(missing_ok=True)
+    read(publish(tmp_path / "net.pkl", weights, source=f"open({str(marker)!r}, 'w')"))
+    assert not marker.exists()
