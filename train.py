@@ -203,8 +203,8 @@ def train(config, device):
                      classes=images.classes, class_counts=None if images.labels is None else
                      np.bincount(images.labels, minlength=len(images.classes)).tolist())
     module = job.module.to(device).train()
-    if config.init_from and not checkpoint:
-        twosdm.init_from_edm(module, config.init_from)
+    if config.init_from and not checkpoint and config.stage in twosdm.IMAGE:
+        twosdm.init_from_edm(module, config.init_from, job.classes)
     ema = twosdm.EMA(module, config.ema_half_life, config.ema_ramp)
     optimizer = torch.optim.Adam(module.parameters(), lr=config.lr, fused=device.type == "cuda", **ADAM)
     seen, seconds = 0, 0.0
@@ -443,6 +443,8 @@ def main():
     args = vars(parser.parse_args())
     dry, _, _ = args.pop("dry_run"), args.pop("dataset"), args.pop("stage")
     changes = {name: value for name, value in args.items() if value is not None}
+    if "init_from" in changes and known.stage in ("embedder", "prior"):
+        raise UserError(f"--init-from is for the image model and the baseline, not for --stage {known.stage}")
     configs = [twosdm.configure(known.dataset, stage, **changes)
                for stage in (twosdm.STAGES if known.stage == "all" else (known.stage,))]
     if known.stage == "all" and configs[0].embedder != "shapes":

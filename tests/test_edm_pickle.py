@@ -399,7 +399,7 @@ def test_a_published_file_is_a_checkpoint_that_samples(tmp_path, arch):
     assert (out - reference["denoised_no_augment"]).abs().max() < 1e-5
     parser = argparse.ArgumentParser()
     sample.add_sampling_flags(parser)
-    args = parser.parse_args(["--baseline", str(tmp_path / "checkpoint.pt"), "--steps", "2"])
+    args = parser.parse_args(["--checkpoint", str(tmp_path / "checkpoint.pt"), "--steps", "2"])
     pipeline = sample.Pipeline(args, "baseline", torch.device("cpu"))
     assert pipeline([0, 1]).shape == (2, 16, 16, 3)
     assert pipeline.describe()["images_seen"] == {"baseline": None}
