@@ -862,7 +862,7 @@ def embedding_bank(images, embedder, folder, augment=None, views=1, seed=0, devi
 
 
 # ============================================================================================================
-# 9 Data: the embedded world, any images, augmentation
+# 9 Data: the embedded world, any images, augmentation, latents
 # ============================================================================================================
 def uniform(seed, index, slots):
     """(N,) int64 -> (N, slots) float32 in [0, 1), a function of (seed, index, slot) alone.
@@ -1130,6 +1130,78 @@ def filters(size, device):
         down[coarse[inside], np.arange(len(fine))[inside]] += weight
     at = (fine + 5 - SYM6 @ np.arange(12)) / 2                      # the filter's delay is its centre of mass
     return tuple(torch.from_numpy(a).float().to(device) for a in (up, down, at))
+
+
+# Mean and deviation of each channel of Stable Diffusion's latents on ImageNet, from the public code of EDM2
+# (Karras et al. 2024, *Analyzing and Improving the Training Dynamics of Diffusion Models*). They hold for
+# images given to the VAE in [0, 1], as EDM2 gives them; in [-1, 1], its own range, the means are other ones.
+LATENT_MEAN, LATENT_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
+
+
+def normalise_latent(moments, noise):
+    """Moments (B, 2C, r, r) as `Autoencoder.encode` gives them, unit Gaussian noise (B, C, r, r) -> a latent.
+
+    A sample mean + std·noise, brought to mean 0 and deviation 0.5 per channel, as sigma_data = 0.5 expects.
+    """
+    mean, std = moments.float().chunk(2, dim=1)                                           # (B, C, r, r)
+    centre, spread = (torch.tensor(n, device=mean.device)[:, None, None] for n in (LATENT_MEAN, LATENT_STD))
+    return (mean + std * noise - centre) / spread * 0.5
+
+
+def denormalise_latent(z):
+    """(B, C, r, r) -> the sample in the autoencoder's own units that `normalise_latent` brought to z."""
+    centre, spread = (torch.tensor(n, device=z.device)[:, None, None] for n in (LATENT_MEAN, LATENT_STD))
+    return z.float() / 0.5 * spread + centre
+
+
+class Autoencoder(nn.Module):
+    """Stable Diffusion's VAE by diffusers, frozen: images (B, 3, R, R) to latents (B, C, R/f, R/f) and back.
+
+    `weights`: a name on Hugging Face, which diffusers downloads once, or a folder. `.name` is that,
+    `.channels` C = 4, `.factor` f = 8. Both directions work in float32, on `chunk` images at a time to bound
+    the memory. Raises UserError if diffusers or the weights are missing, or C is not 4.
+    """
+
+    def __init__(self, weights="stabilityai/sd-vae-ft-mse"):
+        super().__init__()
+        logging.disable(logging.CRITICAL)             # a hub's many lines on a lost connection
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from diffusers import AutoencoderKL   # optional, and seconds to import
+                self.model, report = AutoencoderKL.from_pretrained(
+                    weights, output_loading_info=True, low_cpu_mem_usage=False)
+            if report["missing_keys"]:                # which diffusers would leave random
+                raise ValueError
+        except ImportError:
+            raise UserError("latents need the package diffusers, which is not installed: "
+                            "pip install diffusers") from None
+        except Exception as error:                    # whatever a hub, a network or a damaged file raises
+            raise UserError(f"the autoencoder '{weights}' cannot be loaded ({type(error).__name__}): connect "
+                            f"once so that diffusers can download it, or give a folder with config.json and "
+                            f"diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse") from None
+        finally:
+            logging.disable(logging.NOTSET)
+        self.name, self.channels = str(weights), self.model.config.latent_channels
+        self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
+        if self.channels != len(LATENT_MEAN):
+            raise UserError(f"the autoencoder '{weights}' has {self.channels} latent channels of unknown "
+                            f"scale: give one with Stable Diffusion's 4, such as stabilityai/sd-vae-ft-mse")
+        self.model.float().eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, x, chunk=8):
+        """(B, 3, R, R) in [-1, 1] -> moments (B, 2C, R/f, R/f): means, then standard deviations, unscaled."""
+        with torch.autocast(x.device.type, enabled=False):
+            posteriors = [self.model.encode(part).latent_dist for part in ((x.float() + 1) / 2).split(chunk)]
+            return torch.cat([torch.cat([q.mean, q.std], 1) for q in posteriors])
+
+    @torch.no_grad()
+    def decode(self, z, chunk=8):
+        """(B, C, R/f, R/f) as `normalise_latent` gives it -> (B, 3, R, R) in [-1, 1]."""
+        with torch.autocast(z.device.type, enabled=False):
+            x = torch.cat([self.model.decode(part).sample for part in denormalise_latent(z).split(chunk)])
+            return (x * 2 - 1).clip(-1, 1)
 
 
 # ============================================================================================================
