@@ -934,7 +934,7 @@ def embedding_bank(images, embedder, folder, augment=None, views=1, seed=0, devi
 
 
 # ============================================================================================================
-# 9 Data: the embedded world, any images, augmentation
+# 9 Data: the embedded world, any images, augmentation, latents
 # ============================================================================================================
 def uniform(seed, index, slots):
     """(N,) int64 -> (N, slots) float32 in [0, 1), a function of (seed, index, slot) alone.
@@ -1057,18 +1057,30 @@ def hold(array, device):
 
 @dataclass
 class Images:
-    """A data set: pixels (N, H, W, 3) uint8, in memory or mapped; labels (N,) int64 or None; class names."""
-    pixels: np.ndarray
+    """A data set: pixels (N, H, W, 3) uint8, in memory or mapped; labels (N,) int64 or None; class names.
+
+    With latents, the moments (N, 2C, r, r) float32 that an `Autoencoder` made of the pixels, these are
+    `LazyPixels`.
+    """
+    pixels: "np.ndarray | LazyPixels"
     labels: np.ndarray | None = None
     classes: list = field(default_factory=list)
     info: dict = field(default_factory=dict)
+    latents: np.ndarray | None = None
 
     def __len__(self):
         return len(self.pixels)
 
     @property
+    def shape(self):
+        """(C, H, W) of what the image network models: the images, or their latents where there are any."""
+        if self.latents is not None:
+            return self.latents.shape[1] // 2, *self.latents.shape[2:]
+        return 3, *self.pixels.shape[1:3]
+
+    @property
     def fingerprint(self):
-        """The first 12 digits of the sha256 of pixels and labels."""
+        """The first 12 digits of the sha256 of pixels (or latents, if there are any) and labels."""
         return self.info["sha256"][:12]
 
     @property
@@ -1253,6 +1265,78 @@ def filters(size, device):
         down[coarse[inside], np.arange(len(fine))[inside]] += weight
     at = (fine + 5 - SYM6 @ np.arange(12)) / 2                      # the filter's delay is its centre of mass
     return tuple(torch.from_numpy(a).float().to(device) for a in (up, down, at))
+
+
+# Mean and deviation of each channel of Stable Diffusion's latents on ImageNet, from the public code of EDM2
+# (Karras et al. 2024, *Analyzing and Improving the Training Dynamics of Diffusion Models*). They hold for
+# images given to the VAE in [0, 1], as EDM2 gives them; in [-1, 1], its own range, the means are other ones.
+LATENT_MEAN, LATENT_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
+
+
+def normalise_latent(moments, noise):
+    """Moments (B, 2C, r, r) as `Autoencoder.encode` gives them, unit Gaussian noise (B, C, r, r) -> a latent.
+
+    A sample mean + std·noise, brought to mean 0 and deviation 0.5 per channel, as sigma_data = 0.5 expects.
+    """
+    mean, std = moments.float().chunk(2, dim=1)                                           # (B, C, r, r)
+    centre, spread = (torch.tensor(n, device=mean.device)[:, None, None] for n in (LATENT_MEAN, LATENT_STD))
+    return (mean + std * noise - centre) / spread * 0.5
+
+
+def denormalise_latent(z):
+    """(B, C, r, r) -> the sample in the autoencoder's own units that `normalise_latent` brought to z."""
+    centre, spread = (torch.tensor(n, device=z.device)[:, None, None] for n in (LATENT_MEAN, LATENT_STD))
+    return z.float() / 0.5 * spread + centre
+
+
+class Autoencoder(nn.Module):
+    """Stable Diffusion's VAE by diffusers, frozen: images (B, 3, R, R) to latents (B, C, R/f, R/f) and back.
+
+    `weights`: a name on Hugging Face, which diffusers downloads once, or a folder. `.name` is that,
+    `.channels` C = 4, `.factor` f = 8. Both directions work in float32, on `chunk` images at a time to bound
+    the memory. Raises UserError if diffusers or the weights are missing, or C is not 4.
+    """
+
+    def __init__(self, weights="stabilityai/sd-vae-ft-mse"):
+        super().__init__()
+        logging.disable(logging.CRITICAL)             # a hub's many lines on a lost connection
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from diffusers import AutoencoderKL   # optional, and seconds to import
+                self.model, report = AutoencoderKL.from_pretrained(
+                    weights, output_loading_info=True, low_cpu_mem_usage=False)
+            if report["missing_keys"]:                # which diffusers would leave random
+                raise ValueError
+        except ImportError:
+            raise UserError("latents need the package diffusers, which is not installed: "
+                            "pip install diffusers") from None
+        except Exception as error:                    # whatever a hub, a network or a damaged file raises
+            raise UserError(f"the autoencoder '{weights}' cannot be loaded ({type(error).__name__}): connect "
+                            f"once so that diffusers can download it, or give a folder with config.json and "
+                            f"diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse") from None
+        finally:
+            logging.disable(logging.NOTSET)
+        self.name, self.channels = str(weights), self.model.config.latent_channels
+        self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
+        if self.channels != len(LATENT_MEAN):
+            raise UserError(f"the autoencoder '{weights}' has {self.channels} latent channels of unknown "
+                            f"scale: give one with Stable Diffusion's 4, such as stabilityai/sd-vae-ft-mse")
+        self.model.float().eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, x, chunk=8):
+        """(B, 3, R, R) in [-1, 1] -> moments (B, 2C, R/f, R/f): means, then standard deviations, unscaled."""
+        with torch.autocast(x.device.type, enabled=False):
+            posteriors = [self.model.encode(part).latent_dist for part in ((x.float() + 1) / 2).split(chunk)]
+            return torch.cat([torch.cat([q.mean, q.std], 1) for q in posteriors])
+
+    @torch.no_grad()
+    def decode(self, z, chunk=8):
+        """(B, C, R/f, R/f) as `normalise_latent` gives it -> (B, 3, R, R) in [-1, 1]."""
+        with torch.autocast(z.device.type, enabled=False):
+            x = torch.cat([self.model.decode(part).sample for part in denormalise_latent(z).split(chunk)])
+            return (x * 2 - 1).clip(-1, 1)
 
 
 # ============================================================================================================
@@ -1464,7 +1548,7 @@ def run(main):
 
 
 # ============================================================================================================
-# 11 Preparing images: any folder or zip -> one memory map
+# 11 Preparing images: any folder or zip -> one memory map, of pixels or of latents
 # ============================================================================================================
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")    # no EPS: Pillow would start Ghostscript
@@ -1614,6 +1698,12 @@ def read_entry(source, entry):
     return content
 
 
+def reason(error):
+    """Why an image cannot be used, in a few words."""
+    text = str(error).split("\n")[0][:100] or type(error).__name__
+    return "not a readable image" if "BytesIO" in text else text
+
+
 def read_chunk(source, entries, resolution):
     """A worker's task -> (pixels of the good (n, R, R, 3), [(position, name, reason)], number enlarged)."""
     pixels, bad, enlarged = [np.empty((0, resolution, resolution, 3), np.uint8)], [], 0
@@ -1625,8 +1715,7 @@ def read_chunk(source, entries, resolution):
             pixels.append(square[None])
             enlarged += side < resolution
         except Exception as error:                   # on bad bytes Pillow's readers raise anything
-            reason = str(error).split("\n")[0][:100] or type(error).__name__
-            bad.append((position, entry.name, "not a readable image" if "BytesIO" in reason else reason))
+            bad.append((position, entry.name, reason(error)))
     return np.concatenate(pixels), bad, enlarged
 
 
@@ -1660,8 +1749,47 @@ def read_chunks(source, chunks, resolution, workers):
         pool.shutdown(cancel_futures=True)
 
 
-def prepare_images(source, resolution, cache, skip_bad=False, workers=None):
+def cores():
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class LazyPixels:
+    """The pixels (N, R, R, 3) of a source, as an array that reads its rows anew whenever they are asked for.
+
+    pixels[rows] -> (*, R, R, 3) uint8, rows as numpy takes them. Raises UserError if a file is gone.
+    """
+
+    def __init__(self, source, entries, bad, resolution, workers=None):
+        self.source, self.entries, self.workers = str(source), entries, workers or cores()
+        self.rows = drop(np.arange(len(entries)), bad)
+        self.shape = (len(self.rows), resolution, resolution, 3)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, rows):
+        rows = self.rows[rows]
+        pixels = np.empty((rows.size, *self.shape[1:]), np.uint8)
+        with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
+            warnings.simplefilter("ignore")          # as in read_chunk; here, as threads share the filters
+            for i, square in enumerate(pool.map(self.read, np.ravel(rows))):
+                pixels[i] = square
+        return pixels.reshape(*rows.shape, *self.shape[1:])
+
+    def read(self, row):
+        entry = self.entries[row]
+        try:
+            return read_square(read_entry(self.source, entry), self.shape[1])[0]
+        except Exception as error:                   # on bad bytes Pillow's readers raise anything
+            raise UserError(f"{self.source}: {entry.name} cannot be read any more ({reason(error)}): put it "
+                            f"back, or start again to prepare the images as they are now") from error
+
+
+def prepare_images(source, resolution, cache, skip_bad=False, workers=None, autoencoder=None):
     """All images of a folder or zip as `Images` at R x R, prepared once in the folder `cache`, then mapped.
+
+    With an `Autoencoder`, on whatever device it is, the cache holds the images' latents instead of pixels.
 
     What was prepared is used again only if names, sizes and times of the files (in a zip: checksums), labels
     and recipe are the same; otherwise it is prepared anew beside the old. An interrupted preparation goes on
@@ -1669,11 +1797,17 @@ def prepare_images(source, resolution, cache, skip_bad=False, workers=None):
     """
     if resolution < 1 or (workers is not None and workers < 1):
         raise UserError("the resolution and the number of workers must be at least 1")
+    if autoencoder is not None and resolution % autoencoder.factor:
+        raise UserError(f"the autoencoder needs a resolution divisible by {autoencoder.factor}, "
+                        f"not {resolution}")
     entries, labels, classes = list_images(source)
     digest = hashlib.sha256(b"" if labels is None else labels.tobytes())
     for entry in entries:
         digest.update(f"{entry.name}\0{entry.size}\0{entry.stamp}\n".encode(errors="surrogateescape"))
     recipe = dict(RECIPE, resolution=resolution, classes=classes, source=digest.hexdigest())
+    if autoencoder is not None:
+        side = resolution // autoencoder.factor
+        recipe |= dict(autoencoder=fingerprint(autoencoder), moments=[2 * autoencoder.channels, side, side])
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     cache = Path(cache)
     info = read_cache(cache, key)
@@ -1682,20 +1816,31 @@ def prepare_images(source, resolution, cache, skip_bad=False, workers=None):
             cache.mkdir(parents=True, exist_ok=True)
             with locked(cache / "lock"):              # another process may have prepared it while we waited
                 info = read_cache(cache, key) or write_cache(
-                    source, entries, labels, recipe, key, cache, workers)
+                    source, entries, labels, recipe, key, cache, workers, autoencoder)
         except OSError as error:
             raise UserError(f"cannot write to {cache} ({error.strerror or error}): free some space or choose "
                             f"another folder; what is done is kept") from error
     if info["bad"] and not skip_bad:
         raise UserError(describe(info["bad"], len(entries)))
-    path, shape = cache / info["pixels"], (info["count"], resolution, resolution, 3)
-    pixels = np.memmap(path, np.uint8, "r", shape=shape)
-    return Images(pixels, None if labels is None else drop(labels, info["bad"]), classes, info)
+    labels = None if labels is None else drop(labels, info["bad"])
+    kind, shape, dtype = stored(recipe)
+    mapped = np.memmap(cache / info[kind], dtype, "r", shape=(info["count"], *shape))
+    if autoencoder is None:
+        return Images(mapped, labels, classes, info)
+    pixels = LazyPixels(source, entries, info["bad"], resolution, workers)
+    return Images(pixels, labels, classes, info, mapped)
 
 
-def drop(labels, bad):
-    """The labels without those of [(index, name, reason), ...]."""
-    return np.delete(labels, [index for index, _, _ in bad])
+def stored(recipe):
+    """What a cache made by the recipe holds: (kind, shape of a row, its type)."""
+    if "autoencoder" in recipe:
+        return "latents", tuple(recipe["moments"]), np.float32
+    return "pixels", (recipe["resolution"], recipe["resolution"], 3), np.uint8
+
+
+def drop(values, bad):
+    """The values, one for each entry, without those of [(index, name, reason), ...]."""
+    return np.delete(values, [index for index, _, _ in bad])
 
 
 def describe(bad, total):
@@ -1723,42 +1868,49 @@ def read_cache(cache, key):
     """The JSON of a complete cache that fits the key, or None."""
     try:
         info = json.loads((cache / f"images-{key}.json").read_text())
-        size = info["count"] * 3 * info["resolution"] ** 2
-        return info if info["key"] == key and (cache / info["pixels"]).stat().st_size == size else None
+        kind, shape, dtype = stored(info)
+        size = info["count"] * math.prod(shape) * dtype().itemsize
+        return info if info["key"] == key and (cache / info[kind]).stat().st_size == size else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def write_cache(source, entries, labels, recipe, key, cache, workers):
+def write_cache(source, entries, labels, recipe, key, cache, workers, autoencoder):
     """Appends every image to `pixels-KEY.u8`, then writes and returns the JSON that declares it complete.
 
-    After each chunk a line goes to `pixels-KEY.progress`; on resuming, what the pixel file holds beyond the
-    last line is cut off, and the JSON arrives by an atomic rename: being killed costs the chunks in flight.
+    With an autoencoder, the moments of its latent go to `latents-KEY.f32` instead. After each chunk a line
+    goes to the file that ends in `.progress`; on resuming, what the first holds beyond the last line is cut
+    off, and the JSON arrives by an atomic rename: being killed costs the chunks in flight.
     """
-    resolution, row = recipe["resolution"], 3 * recipe["resolution"] ** 2
-    target, progress = cache / f"pixels-{key}.u8", cache / f"pixels-{key}.progress"
+    resolution, (kind, shape, dtype) = recipe["resolution"], stored(recipe)
+    row = math.prod(shape) * dtype().itemsize        # bytes
+    target = cache / (f"pixels-{key}.u8" if autoencoder is None else f"latents-{key}.f32")
+    progress = target.with_suffix(".progress")
     done, rows, enlarged, bad, lines = 0, 0, 0, [], []
     written = target.stat().st_size if target.exists() else 0
     for line in progress.read_text().splitlines(keepends=True) if progress.exists() else []:
         if not line.endswith("\n") or json.loads(line)[1] * row > written:
-            break                                    # a line cut short, or pixels that were lost
+            break                                    # a line cut short, or rows that were lost
         done, rows, enlarged, faults = json.loads(line)
         bad, lines = bad + faults, lines + [line]
     need, free = (len(entries) - done) * row - (written - rows * row), shutil.disk_usage(cache).free
     if need > free:
-        raise UserError(f"{cache} has {free / 1e9:.2f} GB free, but the images need {need / 1e9:.2f} GB "
+        raise UserError(f"{cache} has {free / 1e9:.2f} GB free, but the {kind} need {need / 1e9:.2f} GB "
                         f"more: free some space or choose another folder")
     progress.write_text("".join(lines))
-    size = max(1, min(64, 4_000_000 // row))         # images per chunk: results of at most about 4 MB
+    size = max(1, min(64, 4_000_000 // (3 * resolution**2)))     # images per chunk: at most about 4 MB
     chunks = [entries[i:i + size] for i in range(done, len(entries), size)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    results = read_chunks(str(source), chunks, resolution, max(1, min(workers or cores, len(chunks))))
+    results = read_chunks(str(source), chunks, resolution, max(1, min(workers or cores(), len(chunks))))
     with (open(target, "ab") as file, open(progress, "a") as log, contextlib.closing(results),
           tqdm(total=len(entries), initial=done, desc="preparing", unit=" images", file=sys.stderr) as bar):
         file.truncate(rows * row)
         for chunk, (pixels, faults, small) in zip(chunks, results):
-            file.write(pixels)                       # (n, R, R, 3)
-            file.flush()                             # pixels before their line
+            values = pixels                          # (n, R, R, 3)
+            if autoencoder is not None and len(pixels):
+                x = to_float(torch.from_numpy(pixels).to(next(autoencoder.parameters()).device))
+                values = autoencoder.encode(x.permute(0, 3, 1, 2)).cpu().contiguous().numpy()
+            file.write(values)
+            file.flush()                             # rows before their line
             faults = [[done + position, name, reason] for position, name, reason in faults]
             done, rows, enlarged, bad = done + len(chunk), rows + len(pixels), enlarged + small, bad + faults
             log.write(json.dumps([done, rows, enlarged, faults]) + "\n")
@@ -1774,8 +1926,8 @@ def write_cache(source, entries, labels, recipe, key, cache, workers):
     with open(target, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             content.update(block)
-    info = dict(recipe, name=str(source), count=rows, enlarged=enlarged, bad=bad, pixels=target.name,
-                sha256=content.hexdigest(), key=key)
+    info = dict(recipe, name=str(source), count=rows, enlarged=enlarged, bad=bad, sha256=content.hexdigest(),
+                key=key) | {kind: target.name}
     described = cache / f"images-{key}.json"
     described.with_suffix(".new").write_text(json.dumps(info, indent=1))
     os.replace(described.with_suffix(".new"), described)
