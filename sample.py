@@ -64,16 +64,17 @@ class Pipeline:
                 else "this model was trained without classes (train.py --a class)"))
         if args.label is not None and not self.data["class_counts"][args.label]:
             raise UserError(f"--class {args.label}: no training image has this class")
-        self.images = None
+        vae, self.images = args.vae or saved.get("vae"), None
+        self.autoencoder = twosdm.Autoencoder(vae).to(device) if vae else None
         if method == "oracle":
             config = twosdm.TrainConfig(**saved)
             config.runs, config.data = args.runs, args.data or config.data
-            self.images = twosdm.load_images(config)
+            self.images = twosdm.load_images(config, self.autoencoder)
             if self.images.fingerprint != self.data["fingerprint"]:
                 raise UserError("the training images are not those of this run: give its own with --data")
             self.embedder = twosdm.unpack_embedder(self.main["embedder"], config.resolution,
                                                    args.clip_weights or config.clip_weights).to(device)
-        self.shape = (self.models[METHODS[method][-1]].net.resolution,) * 2 + (3,)
+        self.shape = (saved["resolution"], saved["resolution"], 3)
 
     def describe(self):
         """What the images depend on, for the record."""
@@ -124,6 +125,7 @@ class Pipeline:
                 x = twosdm.sample_images(self.models["image"], seeds, y, a, self.image_sampler)
             else:
                 x = twosdm.sample_images(self.models["baseline"], seeds, None, a, self.image_sampler)
+        x = x if self.autoencoder is None else self.autoencoder.decode(x)
         return twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -181,6 +183,7 @@ def add_sampling_flags(parser):
         "place of the newest; EDM's published .pkl files serve as baseline")
     add("--data", help="the training images, for the oracle (default: where they were)")
     add("--clip-weights", help="CLIP's weights, for the oracle (default: where they were)")
+    add("--vae", help="Stable Diffusion's VAE, for latent models (default: where it was)")
     add("--device", default="auto", help="auto = cuda, else mps, else cpu (default: %(default)s)")
     add("--precision", choices=("auto", *twosdm.PRECISIONS), default="auto",
         help="of the networks; auto = tf32 on cuda, else fp32 (default: %(default)s)")

@@ -93,8 +93,9 @@ class Embedding:
 class Diffusion:
     """The stages of prior (Eq. 4), image model (Eq. 5) and baseline (Eq. 5 without y): one loss for all."""
 
-    def __init__(self, config, images, device, embedder=None):
-        self.config, self.images, self.device, self.embedder = config, images, device, embedder
+    def __init__(self, config, images, device, embedder=None, autoencoder=None):
+        self.config, self.images, self.device = config, images, device
+        self.embedder, self.autoencoder = embedder, autoencoder
         self.augment = twosdm.Augment(config.augment) if config.augment else None
         folder, self.bank = Path(config.runs) / config.dataset, None
         if config.a == "class" and images.labels is None:
@@ -108,7 +109,8 @@ class Diffusion:
             print(f"the embedding's elements have rms {rms:.2f}{note}")
             self.views, self.bank = len(bank), twosdm.hold(bank.reshape(-1, bank.shape[-1]), device)
         if config.stage != "prior":
-            self.images = dataclasses.replace(images, pixels=twosdm.hold(images.pixels, device))
+            kind = "pixels" if images.latents is None else "latents"
+            self.images = dataclasses.replace(images, **{kind: twosdm.hold(getattr(images, kind), device)})
         self.recipe = network(config, embedder.dim if embedder is not None else 0, self.classes, images.shape)
         self.module = twosdm.build_denoiser(self.recipe).to(device)
         if config.stage != "prior":
@@ -121,6 +123,8 @@ class Diffusion:
             draws["augment"] = self.augment.draw(len(rows))
         shape = (self.recipe["settings"]["dim"],) if self.recipe["net"] == "prior" else self.images.shape
         draws["sigma"], draws["noise"] = self.module.draw(torch.empty(len(rows), *shape, device=self.device))
+        if self.images.latents is not None:
+            draws["latent"] = torch.randn_like(draws["noise"])
         return draws
 
     def onehot(self, rows):
@@ -137,7 +141,11 @@ class Diffusion:
             x, label = twosdm.take(self.bank, entry, self.device).split([self.module.net.dim, 9], 1)
             cond = a
         else:
-            x = self.images.batch(rows, self.device)
+            if self.images.latents is not None:
+                moments = twosdm.take(self.images.latents, rows, self.device)
+                x = twosdm.normalise_latent(moments, draws["latent"])
+            else:
+                x = self.images.batch(rows, self.device)
             if self.augment:
                 x, label = self.augment(x, draws["augment"])
             y = None
@@ -163,6 +171,7 @@ class Diffusion:
             y = self.embedder(self.images.batch(rows, self.device)) if self.embedder is not None else None
             x = twosdm.sample_images(module, list(range(side * side)), y, self.onehot(rows),
                                      twosdm.Sampler(steps=18, s_churn=0))
+            x = x if self.autoencoder is None else self.autoencoder.decode(x)
         pixels = twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
         twosdm.save_picture(path, twosdm.image_grid(pixels, side), least=512)
 
@@ -185,7 +194,8 @@ def train(config, device):
     checkpoint = twosdm.load_checkpoint(path, stage=config.stage) if path.exists() else None
     if checkpoint:
         same_run(checkpoint, identity, path)
-    images = twosdm.load_images(config)
+    autoencoder = twosdm.Autoencoder(config.vae).to(device) if config.vae else None
+    images = twosdm.load_images(config, autoencoder)
     if checkpoint and checkpoint["fingerprints"]["images"] != images.fingerprint:
         raise UserError(f"{path} was trained with other images: give the same ones, or another --runs folder")
     if checkpoint and checkpoint["seen"] >= config.images:
@@ -197,7 +207,7 @@ def train(config, device):
         job, embedder = Embedding(config, images, device), None
     else:
         embedder = None if config.stage == "baseline" else get_embedder(config, images, device)
-        job = Diffusion(config, images, device, embedder)
+        job = Diffusion(config, images, device, embedder, autoencoder)
     packed = twosdm.pack_embedder(embedder) if embedder else None
     described = dict(name=config.dataset, path=config.data, count=len(images), fingerprint=images.fingerprint,
                      classes=images.classes, class_counts=None if images.labels is None else

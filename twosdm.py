@@ -1083,11 +1083,6 @@ class Images:
         """The first 12 digits of the sha256 of pixels (or latents, if there are any) and labels."""
         return self.info["sha256"][:12]
 
-    @property
-    def shape(self):
-        """(C, H, W) of what the image network models."""
-        return (3, *self.pixels.shape[1:3])
-
     def batch(self, rows, device="cpu"):
         """(B,) -> (B, 3, H, W) float32 in [-1, 1], channels last in memory, which convolutions prefer."""
         return to_float(take(self.pixels, rows, device)).permute(0, 3, 1, 2)
@@ -1125,8 +1120,8 @@ def cifar10(folder):
         sha256=hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest(), source="cifar10"))
 
 
-def load_images(config):
-    """The training images that a configuration names. Raises UserError."""
+def load_images(config, autoencoder=None):
+    """The training images that a configuration names, with latents if there is an autoencoder. UserError."""
     if config.dataset == "shapes":
         return shapes_world(torch.arange(config.size), config.resolution, config.seed)
     if config.dataset == "cifar10" and (not config.data or list(Path(config.data).glob("cifar-10-*py*"))):
@@ -1136,7 +1131,7 @@ def load_images(config):
     if not config.data:
         raise UserError(f"--dataset {config.dataset} needs its images: add --data FOLDER_OR_ZIP")
     return prepare_images(config.data, config.resolution, Path(config.runs) / config.dataset / "data",
-                          config.skip_bad)
+                          config.skip_bad, autoencoder=autoencoder)
 
 
 class Order:
@@ -1327,6 +1322,7 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def encode(self, x, chunk=8):
         """(B, 3, R, R) in [-1, 1] -> moments (B, 2C, R/f, R/f): means, then standard deviations, unscaled."""
+        # The network sees [0, 1], as in the code of EDM's successor: the constants above are of such latents.
         with torch.autocast(x.device.type, enabled=False):
             posteriors = [self.model.encode(part).latent_dist for part in ((x.float() + 1) / 2).split(chunk)]
             return torch.cat([torch.cat([q.mean, q.std], 1) for q in posteriors])

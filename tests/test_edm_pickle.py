@@ -14,8 +14,10 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sample
+import train
 import twosdm
 from test_twosdm import HERE, edm_tiny, edm_weights
 from twosdm import Denoiser, UNet, UserError, edm_checkpoint, edm_settings, init_from_edm, read_edm_pickle
@@ -540,3 +542,30 @@ def test_neither_way_to_use_a_file_runs_what_is_inside(tmp_path, read):
         marker.unlink(missing_ok=True)
     read(publish(tmp_path / "net.pkl", weights, source=f"open({str(marker)!r}, 'w')"))
     assert not marker.exists()
+
+
+def test_the_scripts_sample_from_a_published_file_and_finetune_it(tmp_path, call):
+    net = UNet(16, width=8, mults=(1, 2), blocks=1, attention=(8,), augment_dim=9)
+    file = publish(tmp_path / "edm-tiny-uncond-vp.pkl", edm_names(net))
+    assert call(sample, "--method", "baseline", "--checkpoint", file, "--n", 3, "--steps", 2, cwd=tmp_path)[0] == 0
+    assert len(list(tmp_path.glob("samples/edm-tiny-uncond-vp-baseline/0*.png"))) == 3
+    (tmp_path / "pictures").mkdir()
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+
+    def finetune(images, width, *more):
+        return call(train, *("--dataset folder --data pictures --embedder pixels --resolution 16 --attention 8 "
+                             "--mults 1,2 --blocks 1 --batch 4 --preview 0 --stage image --lr 0").split(),
+                    "--images", images, "--width", width, *more, cwd=tmp_path)
+
+    code, out, err = finetune(4, 12, "--init-from", file)
+    assert code == 1 and "--width 12 does not fit" in err
+    assert finetune(4, 8, "--init-from", file)[0] == 0
+    weights = twosdm.load_checkpoint(tmp_path / "runs/folder/image/checkpoint.pt")["ema"]
+    assert torch.equal(weights["net.enc.1.conv0.weight"], net.enc[1].conv0.weight)     # with a step size of 0
+    assert (weights["net.map_cond.weight"] == 0).all() and (weights["net.map_cond.bias"] == 0).all()
+    code, out, err = finetune(8, 8)
+    assert code == 1 and "--init-from" in err                          # another run than it was
+    assert finetune(8, 8, "--init-from", file)[0] == 0
+    assert call(train, "--stage", "prior", "--init-from", file, cwd=tmp_path)[0] == 1

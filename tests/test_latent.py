@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+import sample
+import train
 import twosdm
 from twosdm import Images, LazyPixels, UserError, denormalise_latent, normalise_latent, prepare_images
 
@@ -238,3 +240,20 @@ def test_a_disk_too_small_is_said_of_latents(source, tmp_path, autoencoder, monk
     prepare_images(source, SIZE, tmp_path / "pixels", True, 1)         # 115 kB
     with pytest.raises(UserError, match="GB free, but the latents need"):
         prepare_images(source, SIZE, tmp_path / "latents", True, 1, autoencoder)        # 307 kB
+
+
+def test_latents_train_and_sample_from_files_to_pictures(source, weights, tmp_path, call):
+    for stage in ("prior", "image", "baseline"):
+        assert call(train, *("--images 16 --batch 8 --resolution 16 --embedder pixels --arch ddpm++ --width 8 --mults 1,2 "
+                      "--blocks 1 --attention 4 --prior-width 16 --prior-depth 1 --prior-heads 2 --skip-bad "
+                      "--steps 2 --dataset imagenet-latent --data in --stage").split(), stage, "--vae", weights,
+                    cwd=tmp_path)[0] == 0
+    checkpoint = twosdm.load_checkpoint("runs/imagenet-latent/image/checkpoint.pt")
+    settings = checkpoint["model"]["settings"]
+    assert (settings["channels"], settings["resolution"], settings["cond_dim"]) == (4, SIZE // 2, 64 + 2)
+    assert Image.open("runs/imagenet-latent/image/samples-000000016.png").width >= 512
+    assert len(list(tmp_path.glob("runs/imagenet-latent/data/*.f32"))) == 1               # latents, no pixels
+    assert not list(tmp_path.glob("runs/imagenet-latent/data/*.u8"))
+    for method in ("2sdm", "oracle", "baseline"):
+        assert call(sample, "--method", method, "--n", 3, "--out", method, cwd=tmp_path)[0] == 0
+        assert Image.open(f"{method}/000002.png").size == (SIZE, SIZE)

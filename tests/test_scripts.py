@@ -41,16 +41,6 @@ def script(name, *args, cwd, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-def called(module, *args, cwd, monkeypatch, capsys):
-    """As `script`, in this process, which is ten times as fast: no import of torch."""
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
-    with pytest.raises(SystemExit) as stopped:
-        twosdm.run(module.main)
-    out, err = capsys.readouterr()
-    return stopped.value.code, out, err
-
-
 def refused(result, *words):
     """Whether a call ended in one sentence with these words, without a traceback."""
     code, out, err = result
@@ -68,11 +58,6 @@ def trained(tmp_path_factory):
     assert code == 0, err
     assert "Next: python sample.py" in out
     return folder
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    return lambda module, *args, cwd: called(module, *args, cwd=cwd, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def tensors(checkpoint):
