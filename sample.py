@@ -23,13 +23,22 @@ from tqdm import tqdm
 import twosdm
 from twosdm import UserError
 
-METHODS = {"2sdm": ("prior", "image"), "oracle": ("image",), "baseline": ("baseline",)}  # the runs they need
+METHODS = {"2sdm": ("prior", "image"), "oracle": ("image",), "baseline": ("baseline",),   # the runs they need
+           "joint": ("joint",)}
+
+
+def stages(method, y):
+    """The runs that a method needs. Clusters are drawn by their frequency, without a prior: Class-cond."""
+    if method == "2sdm" and (y.startswith("kmeans") or y in ("none", "pca:0")):
+        return ("image",)
+    return METHODS[method]
 
 
 class Pipeline:
     """A method with its networks: seeds -> images. Raises UserError if a run is missing or two do not fit.
 
     2sdm: y ~ prior, x ~ image model. oracle: y is the embedding of a training image. baseline: no y at all.
+    joint: 2sdm, its networks and embedder trained together (Overfit-2SDM).
     """
 
     def __init__(self, args, method, device):
@@ -37,25 +46,39 @@ class Pipeline:
         self.precision = twosdm.set_precision(args.precision, device, auto="tf32")
         given = load_given(args.checkpoint)
         files = self.files = {
-            stage: given[stage][0] if stage in given else find_run(args, stage) for stage in METHODS[method]}
+            stage: given[stage][0] if stage in given else find_run(args, stage)
+            for stage in stages(method, args.y)}
         self.checkpoints = {
             stage: given[stage][1] if stage in given else twosdm.load_checkpoint(path, stage=stage)
             for stage, path in files.items()}
+        if method == "joint":
+            self.checkpoints = split_joint(self.checkpoints["joint"])
         self.models = {stage: twosdm.load_denoiser(c, device) for stage, c in self.checkpoints.items()}
         for model in self.models.values():
             twosdm.compile_network(model.net, args.compile, device)
-        self.main = self.checkpoints[METHODS[method][-1]]               # of the network that draws the pixels
-        if method == "2sdm" and self.checkpoints["prior"]["fingerprints"] != self.main["fingerprints"]:
+        self.prior, self.main = self.checkpoints.get("prior"), list(self.checkpoints.values())[-1]
+        self.image = list(self.models.values())[-1]                     # the network that draws the pixels
+        if args.temperature != 1 and not (self.prior and "y_mean" in self.prior):
+            raise UserError("--temperature is for --method 2sdm, with a prior trained by this version")
+        if self.prior and self.prior["fingerprints"] != self.main["fingerprints"]:
             raise UserError(f"{files['prior']} and {files['image']} were trained on different images or "
                             f"embeddings: train both with the same settings")
         saved, self.data = self.main["config"], self.main["data"]
-        if any(c["config"]["a"] != saved["a"] for c in self.checkpoints.values()):
+        self.text = self.prior is not None and self.prior["config"]["a"] == "text"
+        if self.text != (args.prompt is not None):
+            raise UserError("--prompt needs a prior that knows captions, and such a prior needs a --prompt: "
+                            "python train.py --stage prior --a text")
+        if not self.text and any(c["config"]["a"] != saved["a"] for c in self.checkpoints.values()):
             raise UserError(f"one of {' and '.join(map(str, files.values()))} was trained with classes and "
                             f"the other without: train both with the same --a")
         churn = saved["churn"] if args.churn is None else args.churn
         steps, s_noise = args.steps or saved["steps"], args.s_noise
         self.sampler = twosdm.Sampler(steps, churn, s_noise=s_noise)
-        self.image_sampler = twosdm.Sampler(args.image_steps or steps, churn, s_noise=s_noise)
+        self.image_sampler = twosdm.Sampler(args.image_steps or steps, churn, s_noise=s_noise,
+                                            guidance=args.guidance)
+        if args.guidance != 1 and not saved.get("y_dropout"):
+            raise UserError("--guidance needs an image model that sometimes was not told y: train.py --stage "
+                            "image --y-dropout 0.1 --tag guided, then --checkpoint .../image-guided/checkpoint.pt")
         self.classes = len(self.data["classes"]) if saved["a"] == "class" else 0
         if args.label is not None and not 0 <= args.label < self.classes:
             names = ", ".join(f"{i} {name}" for i, name in enumerate(self.data["classes"][:20]))
@@ -66,14 +89,19 @@ class Pipeline:
             raise UserError(f"--class {args.label}: no training image has this class")
         vae, self.images = args.vae or saved.get("vae"), None
         self.autoencoder = twosdm.Autoencoder(vae).to(device) if vae else None
+        packed = self.main["embedder"]
+        self.clusters = packed["reduction"]["counts"].double() if packed and "counts" in packed.get(
+            "reduction", ()) else None
+        self.embedder = None
+        if packed and (method == "oracle" or self.text):
+            self.embedder = twosdm.unpack_embedder(packed, saved["resolution"],
+                                                   args.clip_weights or saved["clip_weights"]).to(device)
         if method == "oracle":
             config = twosdm.TrainConfig(**saved)
             config.runs, config.data = args.runs, args.data or config.data
             self.images = twosdm.load_images(config, self.autoencoder)
             if self.images.fingerprint != self.data["fingerprint"]:
                 raise UserError("the training images are not those of this run: give its own with --data")
-            self.embedder = twosdm.unpack_embedder(self.main["embedder"], config.resolution,
-                                                   args.clip_weights or config.clip_weights).to(device)
         self.shape = (saved["resolution"], saved["resolution"], 3)
 
     def describe(self):
@@ -82,6 +110,8 @@ class Pipeline:
                     dataset=self.main["dataset"], steps=self.sampler.steps,
                     image_steps=self.image_sampler.steps, churn=self.sampler.s_churn,
                     s_noise=self.sampler.s_noise, label=self.args.label, arithmetic=self.precision,
+                    y=self.main["config"].get("y", "clip"), prompt=self.args.prompt,
+                    guidance=self.args.guidance, temperature=self.args.temperature,
                     fingerprints=self.main["fingerprints"],
                     images_seen={s: c["seen"] for s, c in self.checkpoints.items()},
                     networks={s: twosdm.fingerprint(m) for s, m in self.models.items()})
@@ -101,35 +131,55 @@ class Pipeline:
         if self.args.label is not None:
             drawn = torch.full((len(seeds),), self.args.label)
         else:
-            shares = torch.tensor(self.data["class_counts"], dtype=torch.float64)
-            draws = [torch.multinomial(shares, 1, generator=torch.Generator().manual_seed(
-                twosdm.mix_seed("label", seed))) for seed in seeds]
-            drawn = torch.cat(draws)
+            drawn = self.drawn("label", seeds, torch.tensor(self.data["class_counts"], dtype=torch.float64))
         return F.one_hot(drawn, self.classes).float().to(self.device)
 
     @torch.no_grad()
-    def __call__(self, seeds):
-        """(B,) whole numbers -> (B, H, W, 3) uint8."""
-        a = self.labels(seeds) if self.classes else None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            if self.method == "2sdm":
-                x = twosdm.sample_two_stage(self.models["prior"], self.models["image"], seeds, a,
-                                            self.sampler, self.image_sampler)
-            elif self.method == "oracle":
-                rows = self.items(seeds)
-                if self.classes:
-                    a = F.one_hot(
-                        torch.from_numpy(self.images.labels[rows]), self.classes).float().to(self.device)
-                with torch.autocast(self.device.type, enabled=False):
-                    y = self.embedder(self.images.batch(rows, self.device))
-                x = twosdm.sample_images(self.models["image"], seeds, y, a, self.image_sampler)
-            else:
-                x = twosdm.sample_images(self.models["baseline"], seeds, None, a, self.image_sampler)
+    def conditions(self, seeds):
+        """Stage 1: (B,) seeds -> y (B, D) and a (B, A), either of them None if the method has none."""
+        a, y = self.labels(seeds) if self.classes else None, None
+        if self.text:
+            a = self.embedder.text_condition([self.args.prompt]).expand(len(seeds), -1)
+        if self.method == "oracle":
+            rows = self.items(seeds)
+            if self.classes:
+                labels = torch.from_numpy(self.images.labels[rows])
+                a = F.one_hot(labels, self.classes).float().to(self.device)
+            if self.embedder is not None:
+                y = self.embedder(self.images.batch(rows, self.device))
+        elif self.prior is not None:
+            with self.autocast():
+                y = twosdm.sample_embeddings(self.models["prior"], seeds, a, self.sampler)
+            if self.args.temperature != 1:
+                mean = self.prior["y_mean"].to(self.device)
+                y = mean + self.args.temperature * (y - mean)
+        elif self.clusters is not None:
+            y = F.one_hot(self.drawn("cluster", seeds, self.clusters), len(self.clusters)).float()
+        return None if y is None else y.to(self.device), None if self.text else a
+
+    @torch.no_grad()
+    def draw(self, seeds, y, a):
+        """Stage 2: (B,) seeds and what `conditions` gives -> (B, H, W, 3) uint8."""
+        with self.autocast():
+            x = twosdm.sample_images(self.image, seeds, y, a, self.image_sampler)
         x = x if self.autoencoder is None else self.autoencoder.decode(x)
         return twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
 
+    def __call__(self, seeds):
+        """(B,) whole numbers -> (B, H, W, 3) uint8."""
+        return self.draw(seeds, *self.conditions(seeds))
 
-def load_given(paths, methods=METHODS):
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    @staticmethod
+    def drawn(name, seeds, shares):
+        """Per seed a number i with probability ~ shares[i]: (B,)."""
+        return torch.cat([torch.multinomial(shares, 1, generator=torch.Generator().manual_seed(
+            twosdm.mix_seed(name, seed))) for seed in seeds])
+
+
+def load_given(paths, methods=()):
     """{stage: (path, checkpoint)} of checkpoints given by name; EDM's .pkl files are baselines."""
     given = {}
     for path in paths or ():
@@ -138,15 +188,27 @@ def load_given(paths, methods=METHODS):
         if checkpoint["stage"] in given:
             raise UserError(f"--checkpoint: {given[checkpoint['stage']][0]} and {path} are both of the stage "
                             f"{checkpoint['stage']}: give one of each")
-        if not any(checkpoint["stage"] in METHODS[method] for method in methods):
+        if not any(checkpoint["stage"] in METHODS[method] for method in methods or METHODS):
             raise UserError(f"--checkpoint: {path} is of the stage {checkpoint['stage']}, for which --method "
                             f"{' '.join(methods)} has no use")
         given[checkpoint["stage"]] = path, checkpoint
     return given
 
 
+def split_joint(checkpoint):
+    """The checkpoint of the joint stage -> {stage: what the checkpoints of prior and image model would be}."""
+    weights = checkpoint["ema"]
+
+    def part(name):
+        return {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
+
+    return {stage: dict(checkpoint, model=checkpoint["model"][stage], ema=part(stage), embedder=None)
+            for stage in ("prior", "image")}
+
+
 def find_run(args, stage):
     """The newest checkpoint of a stage below args.runs, of args.dataset if it is given."""
+    stage = twosdm.run_name(stage, args.y, "none" if args.prompt is None else "text")
     found = list(Path(args.runs).glob(f"{args.dataset or '*'}/{stage}/checkpoint.pt"))
     if not found:
         where = f"--dataset {args.dataset}" if args.dataset else "any data set"
@@ -172,6 +234,14 @@ def add_sampling_flags(parser):
         help="sampling steps of prior and image model (default: the run's preset)")
     add("--image-steps", type=at_least(2, int), help="steps of the image model alone (default: as --steps)")
     add("--churn", type=at_least(0, float), help="S_churn; 0 = deterministic (default: the run's preset)")
+    add("--y", default="clip", help="which variant of prior and image model: clip, pca:D, kmeans:K, none "
+        "(default: %(default)s)")
+    add("--guidance", type=at_least(0, float), default=1.0, help="classifier-free guidance on y; 1 = none, the "
+        "model must have been trained with --y-dropout (default: %(default)s)")
+    add("--temperature", type=at_least(0, float), default=1.0, help="scales the prior's embeddings about their "
+        "mean in the training set (default: %(default)s)")
+    add("--prompt", metavar="TEXT", help='a caption, such as "three red stars on a blue background", for priors '
+        "trained with --a text")
     add("--s-noise", type=at_least(0, float), default=1.007,
         help="S_noise of the churn (default: %(default)s)")
     add("--class", type=int, dest="label", metavar="CLASS",

@@ -36,7 +36,7 @@ def network(config, y_dim, a_dim, shape):
     """
     c, augment_dim = config, 9 if config.augment else 0
     if c.stage == "prior":
-        return dict(net="prior", predict="data", sigma_data=0.5, settings=dict(
+        return dict(net="prior", predict=c.prior_predicts, sigma_data=0.5, settings=dict(
             dim=y_dim, cond_dim=a_dim, augment_dim=augment_dim, width=c.prior_width, depth=c.prior_depth,
             heads=c.prior_heads))
     return dict(net="unet", predict="edm", sigma_data=0.5, settings=dict(
@@ -46,7 +46,7 @@ def network(config, y_dim, a_dim, shape):
 
 class Embedding:
     """The embedder's stage: the symmetric contrastive loss of images and captions (shapes only)."""
-    recipe = dict(net="small-clip")
+    recipe, more, networks = dict(net="small-clip"), {}, ()
 
     def __init__(self, config, images, device):
         if config.dataset != "shapes" or config.embedder != "shapes":
@@ -94,68 +94,88 @@ class Diffusion:
     """The stages of prior (Eq. 4), image model (Eq. 5) and baseline (Eq. 5 without y): one loss for all."""
 
     def __init__(self, config, images, device, embedder=None, autoencoder=None):
-        self.config, self.images, self.device = config, images, device
+        self.config, self.images, self.device, self.more = config, images, device, {}
         self.embedder, self.autoencoder = embedder, autoencoder
         self.augment = twosdm.Augment(config.augment) if config.augment else None
         folder, self.bank = Path(config.runs) / config.dataset, None
         if config.a == "class" and images.labels is None:
             raise UserError("--a class needs images in one folder per class, or a dataset.json with labels")
         self.classes = len(images.classes) if config.a == "class" else 0
+        inner, self.reduce = ((embedder.inner, embedder.reduction.transform)
+                              if isinstance(embedder, twosdm.Reduced) else (embedder, lambda y: y))
         if embedder is not None and (config.stage == "prior" or not self.augment):
-            bank = twosdm.embedding_bank(images, embedder, folder, self.augment, config.views, config.seed,
-                                         device)
+            bank = twosdm.embedding_bank(images, inner, folder, self.augment, config.views, config.seed, device)
             rms = np.sqrt(np.square(bank[0, :1000, :-9]).mean())
             note = "" if 0.2 < rms < 1.2 else ": far from sigma_data = 0.5, expect poor samples"
             print(f"the embedding's elements have rms {rms:.2f}{note}")
             self.views, self.bank = len(bank), twosdm.hold(bank.reshape(-1, bank.shape[-1]), device)
+        self.captions = None
+        if config.a == "text":                        # unCLIP: the prior learns p(y | caption)
+            self.captions = caption_embeddings(inner, config, len(images))
+        if config.stage == "prior":                   # about which sample.py --temperature contracts
+            self.more["y_mean"] = self.reduce(torch.from_numpy(bank[0, :, :-9].mean(0, keepdims=True)).to(device))[0]
         if config.stage != "prior":
             kind = "pixels" if images.latents is None else "latents"
             self.images = dataclasses.replace(images, **{kind: twosdm.hold(getattr(images, kind), device)})
-        self.recipe = network(config, embedder.dim if embedder is not None else 0, self.classes, images.shape)
-        self.module = twosdm.build_denoiser(self.recipe).to(device)
-        if config.stage != "prior":
-            self.module.to(memory_format=torch.channels_last)
+        self.recipe, self.module = self.build(
+            self.captions.shape[1] if self.captions is not None else self.classes)
+
+    def build(self, a_dim):
+        """(the network as plain numbers, the module to train); sets `denoiser` and `networks`."""
+        y_dim = self.embedder.dim if self.embedder is not None else 0
+        recipe = network(self.config, y_dim, a_dim, self.images.shape)
+        self.denoiser = twosdm.build_denoiser(recipe).to(self.device)
+        if self.config.stage != "prior":
+            self.denoiser.to(memory_format=torch.channels_last)
+        self.networks = [self.denoiser.net]
+        return recipe, self.denoiser
 
     def draw(self, rows):
         """All random numbers of a batch but dropout's, so its loss is the same in one part or several."""
         draws = dict(view=torch.randint(self.config.views, (len(rows),)))
         if self.augment:
             draws["augment"] = self.augment.draw(len(rows))
-        shape = (self.recipe["settings"]["dim"],) if self.recipe["net"] == "prior" else self.images.shape
-        draws["sigma"], draws["noise"] = self.module.draw(torch.empty(len(rows), *shape, device=self.device))
+        shape = (self.denoiser.net.dim,) if self.config.stage == "prior" else self.images.shape
+        draws["sigma"], draws["noise"] = self.denoiser.draw(torch.empty(len(rows), *shape, device=self.device))
         if self.images.latents is not None:
             draws["latent"] = torch.randn_like(draws["noise"])
+        if self.config.y_dropout:
+            draws["keep"] = (torch.rand(len(rows), 1) >= self.config.y_dropout).float().to(self.device)
         return draws
 
-    def onehot(self, rows):
-        """The condition a of these images: (B, A), or None without classes."""
+    def condition(self, rows):
+        """a of these images: (B, A), the classes as one-hots or the captions' embeddings; None for neither."""
+        if self.captions is not None:
+            return twosdm.take(self.captions, rows, self.device)
         if not self.classes:
             return None
         return F.one_hot(twosdm.send(self.images.labels[rows], self.device), self.classes).float()
 
+    def pictures(self, rows, draws):
+        """What the image model learns: images or latents (B, C, H, W), labels of augmentation (B, 9) or None."""
+        if self.images.latents is not None:
+            moments = twosdm.take(self.images.latents, rows, self.device)
+            return twosdm.normalise_latent(moments, draws["latent"]), None
+        x = self.images.batch(rows, self.device)
+        return self.augment(x, draws["augment"]) if self.augment else (x, None)
+
     def loss(self, rows, draws):
         """(B,) rows -> loss (B,) and sigma (B,)."""
-        a, label = self.onehot(rows), None
-        if self.recipe["net"] == "prior":
+        a = self.condition(rows)
+        if self.config.stage == "prior":
             entry = draws["view"].numpy() % self.views * len(self.images) + rows
-            x, label = twosdm.take(self.bank, entry, self.device).split([self.module.net.dim, 9], 1)
-            cond = a
+            y, label = twosdm.take(self.bank, entry, self.device).tensor_split([-9], 1)
+            x, cond = self.reduce(y), a
         else:
-            if self.images.latents is not None:
-                moments = twosdm.take(self.images.latents, rows, self.device)
-                x = twosdm.normalise_latent(moments, draws["latent"])
-            else:
-                x = self.images.batch(rows, self.device)
-            if self.augment:
-                x, label = self.augment(x, draws["augment"])
+            x, label = self.pictures(rows, draws)
             y = None
             if self.bank is not None:
-                y = twosdm.take(self.bank, rows, self.device)[:, :-9]
+                y = self.reduce(twosdm.take(self.bank, rows, self.device)[:, :-9])
             elif self.embedder is not None:
                 with torch.no_grad(), torch.autocast(x.device.type, enabled=False):    # as the bank's
                     y = self.embedder(x)
-            cond = twosdm.join(y, a)
-        loss = self.module.loss(x, cond, label if self.augment else None, (draws["sigma"], draws["noise"]))
+            cond = twosdm.join(y * draws["keep"] if "keep" in draws and y is not None else y, a)
+        loss = self.denoiser.loss(x, cond, label if self.augment else None, (draws["sigma"], draws["noise"]))
         return loss, draws["sigma"]
 
     def finish(self, module):
@@ -163,17 +183,60 @@ class Diffusion:
 
     def preview(self, module, path):
         """A grid of samples: 18 steps, no churn; the image model draws after training images' embeddings."""
-        if self.recipe["net"] == "prior":
+        if self.config.stage == "prior":
             return
         side = 8 if self.config.resolution < 64 else 4
         rows = np.arange(side * side) * 7919 % len(self.images)
         with torch.no_grad():
-            y = self.embedder(self.images.batch(rows, self.device)) if self.embedder is not None else None
-            x = twosdm.sample_images(module, list(range(side * side)), y, self.onehot(rows),
-                                     twosdm.Sampler(steps=18, s_churn=0))
+            x = self.samples(module, rows, list(range(side * side)), twosdm.Sampler(steps=18, s_churn=0))
             x = x if self.autoencoder is None else self.autoencoder.decode(x)
         pixels = twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
         twosdm.save_picture(path, twosdm.image_grid(pixels, side), least=512)
+
+
+    def samples(self, module, rows, seeds, sampler):
+        y = self.embedder(self.images.batch(rows, self.device)) if self.embedder is not None else None
+        return twosdm.sample_images(module, seeds, y, self.condition(rows), sampler)
+
+
+class Joint(Diffusion):
+    """Overfit-2SDM (Appendix B): embedder, prior and image model are trained together, on Eq. 4 + Eq. 5.
+
+    The embedder starts from random weights and learns from both losses through y. A sum of losses has the
+    gradient that the paper accumulates in two passes before its one step.
+    """
+
+    def build(self, a_dim):
+        c = self.config
+        if c.embedder == "pixels" or c.vae:
+            raise UserError("--stage joint trains an embedder of images: --embedder clip or shapes, without --vae")
+        embedder = twosdm.SmallClip() if c.embedder == "shapes" else twosdm.ClipEmbedder(None)
+        embedder.requires_grad_(False)                # their text side stays as it is
+        (embedder.image if c.embedder == "shapes" else embedder.model.visual).requires_grad_(True)
+        recipe = {stage: network(dataclasses.replace(c, stage=stage), embedder.dim, a_dim, self.images.shape)
+                  for stage in ("prior", "image")}
+        module = nn.ModuleDict({stage: twosdm.build_denoiser(part) for stage, part in recipe.items()})
+        module["embedder"] = embedder
+        module.to(self.device)
+        self.denoiser = module["image"].to(memory_format=torch.channels_last)
+        self.networks = [module["prior"].net, module["image"].net]
+        return dict(recipe, net="joint"), module
+
+    def draw(self, rows):
+        draws, prior = super().draw(rows), self.module["prior"]
+        draws["prior_sigma"], draws["prior_noise"] = prior.draw(
+            torch.empty(len(rows), prior.net.dim, device=self.device))
+        return draws
+
+    def loss(self, rows, draws):
+        a, (x, label) = self.condition(rows), self.pictures(rows, draws)
+        y = self.module["embedder"](x)
+        prior = self.module["prior"].loss(y, a, label, (draws["prior_sigma"], draws["prior_noise"]))
+        image = self.denoiser.loss(x, twosdm.join(y, a), label, (draws["sigma"], draws["noise"]))
+        return prior + image, draws["sigma"]
+
+    def samples(self, module, rows, seeds, sampler):
+        return twosdm.sample_two_stage(module["prior"], module["image"], seeds, self.condition(rows), sampler)
 
 
 class Loss(nn.Module):
@@ -189,7 +252,7 @@ class Loss(nn.Module):
 
 def train(config, device):
     """One stage, from its checkpoint if any, to config.images images seen. Returns False if stopped."""
-    folder = Path(config.runs) / config.dataset / config.stage
+    folder = run_folder(config)
     path, identity = folder / "checkpoint.pt", identify(config)
     checkpoint = twosdm.load_checkpoint(path, stage=config.stage) if path.exists() else None
     if checkpoint:
@@ -206,8 +269,8 @@ def train(config, device):
     if config.stage == "embedder":
         job, embedder = Embedding(config, images, device), None
     else:
-        embedder = None if config.stage == "baseline" else get_embedder(config, images, device)
-        job = Diffusion(config, images, device, embedder, autoencoder)
+        embedder = None if config.stage in ("baseline", "joint") else get_y(config, images, device)
+        job = (Joint if config.stage == "joint" else Diffusion)(config, images, device, embedder, autoencoder)
     packed = twosdm.pack_embedder(embedder) if embedder else None
     described = dict(name=config.dataset, path=config.data, count=len(images), fingerprint=images.fingerprint,
                      classes=images.classes, class_counts=None if images.labels is None else
@@ -233,15 +296,15 @@ def train(config, device):
     team, me, first = 1 if whole else twosdm.processes(), 0 if whole else twosdm.rank(), not twosdm.rank()
     part = config.batch if whole else config.batch_gpu or config.batch
     step = Loss(job) if team == 1 else nn.parallel.DistributedDataParallel(Loss(job))
-    if not whole:
-        twosdm.compile_network(module.net, config.compile, device)
+    for net in job.networks:
+        twosdm.compile_network(net, config.compile, device)
 
     def save(path, **more):
         """Writes all that samples need, and `more` to go on with the training."""
         twosdm.save_checkpoint(
             path, stage=config.stage, dataset=config.dataset, config=dataclasses.asdict(config),
             identity=identity, model=job.recipe, data=described, embedder=packed, seen=seen, seconds=seconds,
-            ema=ema.net.state_dict(),
+            ema=ema.net.state_dict(), **job.more,
             fingerprints=dict(images=described["fingerprint"], embedder=packed and packed["fingerprint"]), **more)
 
     if first:
@@ -298,6 +361,10 @@ def train(config, device):
     return True
 
 
+def run_folder(config):
+    return Path(config.runs) / config.dataset / twosdm.run_name(config.stage, config.y, config.a, config.tag)
+
+
 def due(seen, batch, every):
     """Whether a multiple of `every` was reached by the last `batch` images."""
     return seen // every > (seen - batch) // every
@@ -308,8 +375,10 @@ def identify(config):
     fixed = [f.name for f in dataclasses.fields(config) if f.metadata["fixed"]]
     unet = ("arch", "width", "mults", "blocks", "attention", "dropout", "init_from")
     foreign = [name for name in fixed if (name in unet and config.stage in ("prior", "embedder"))
-               or (name.startswith("prior_") and config.stage != "prior")
-               or (name in ("embedder", "views") and config.stage == "baseline")]
+               or (name.startswith("prior_") and config.stage not in ("prior", "joint"))
+               or (name == "y_dropout" and config.stage != "image")
+               or (name in ("embedder", "views") and config.stage == "baseline")
+               or (name == "y" and config.stage not in ("prior", "image"))]
     return {name: getattr(config, name) for name in fixed if name not in foreign}
 
 
@@ -323,6 +392,36 @@ def same_run(checkpoint, identity, path):
         name, (old, new) = next(iter(other.items()))
         raise UserError(f"{path} was trained with --{name.replace('_', '-')} {old}, not {new}: "
                         f"use its settings, or keep both by giving another --runs folder")
+
+
+def get_y(config, images, device):
+    """The embedder as the image model knows it: whole, reduced by PCA or K-means (fitted once), or None."""
+    if config.y in ("none", "pca:0", "kmeans:1"):     # a constant tells nothing
+        return None
+    embedder = get_embedder(config, images, device)
+    if config.y == "clip":
+        return embedder
+    folder = Path(config.runs) / config.dataset
+    bank = twosdm.embedding_bank(images, embedder, folder, seed=config.seed, device=device)
+    name = f"{config.y.replace(':', '')}-{twosdm.fingerprint(embedder)}-{images.fingerprint}-{config.seed}.pt"
+    path = folder / "reductions" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with twosdm.locked(path.with_suffix(".lock")):    # processes of one run must not fit two
+        if not path.exists():
+            fitted = twosdm.Reduced.fit(embedder, config.y, torch.from_numpy(bank[0, :, :-9].copy()), config.seed)
+            twosdm.save_checkpoint(path, stage="reduction", state=fitted.reduction.state_dict())
+    state = twosdm.load_checkpoint(path, stage="reduction")["state"]
+    return twosdm.Reduced.restore(embedder, state).to(device)
+
+
+def caption_embeddings(embedder, config, count):
+    """The text side's embedding of every training image's caption, brought to rms 0.5: (N, D) float32."""
+    if embedder.name != "shapes":
+        raise UserError("--a text needs the small CLIP of shapes: leave --embedder away")
+    with torch.no_grad():
+        captions = twosdm.shapes_captions(torch.arange(count), config.seed)
+        return torch.cat([embedder.text_condition(captions[i:i + 1000]).cpu()
+                          for i in range(0, count, 1000)]).numpy()
 
 
 def get_embedder(config, images, device):
@@ -459,6 +558,11 @@ def main():
                for stage in (twosdm.STAGES if known.stage == "all" else (known.stage,))]
     if known.stage == "all" and configs[0].embedder != "shapes":
         configs = configs[1:]                         # nothing to train
+    if configs[0].y.startswith("kmeans") or configs[0].y in ("none", "pca:0"):
+        if known.stage == "prior":
+            raise UserError(f"--y {configs[0].y} leaves the prior nothing to learn: clusters are drawn by their "
+                            f"frequency")
+        configs = [config for config in configs if config.stage != "prior"]
     if dry:
         print("[\n" + ",\n".join(describe(config, changes) for config in configs) + "\n]")
         return 0
@@ -470,7 +574,7 @@ def main():
         if config.short:
             print(f"{config.stage}, --short: step size rises over {config.lr_ramp:,} images, EMA half-life "
                   f"{config.ema_half_life:,} images")
-        folder = Path(config.runs) / config.dataset / config.stage
+        folder = run_folder(config)
         with contextlib.ExitStack() as held:
             if not twosdm.rank():
                 with twosdm.user_errors(f"{folder} cannot be written"):

@@ -80,14 +80,14 @@ def option(default, help, low=None, high=None, choices=None, fixed=True, source=
 
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-STAGES = ("embedder", "prior", "image", "baseline")
+STAGES = ("embedder", "prior", "image", "baseline")     # what --stage all trains
 
 
 @dataclass
 class TrainConfig:
     """All that determines a training run. Each field is a flag of train.py; presets change some defaults."""
     stage: str = option("all", "what to train; all = whatever is missing, in this order",
-                        choices=("all", *STAGES))
+                        choices=("all", *STAGES, "joint"))
     dataset: str = option("shapes", "the preset: the data set and the settings that go with it")
     recipe: str = option("paper", "whose hyperparameters, where the paper and its authors' code differ",
                          choices=("paper", "authors"), fixed=False)
@@ -95,17 +95,25 @@ class TrainConfig:
                        fixed=False)
     resolution: int = option(16, "height and width of the images, in pixels", low=4)
     size: int = option(20_000, "number of training images of shapes", low=1)
+    limit: int = option(0, "train on so many of the images, drawn at random; 0 = all", low=0)
     skip_bad: bool = option(False, "leave out images that cannot be read instead of stopping", fixed=False)
     embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, a PCA of the pixels, or a small CLIP "
                            "of the shapes", choices=("clip", "pixels", "shapes"))
     clip_weights: str = option("openai", "'openai', which open_clip downloads, or a file", fixed=False)
-    a: str = option("none", "what the user conditions on: nothing, or the class", choices=("none", "class"))
+    y: str = option("clip", "what of the embedding is used: all of it (clip), its first D principal components "
+                    "(pca:D), which of K clusters it is in (kmeans:K), nothing (none)")
+    y_dropout: float = option(0.0, "how often the image model is not told y, for guidance in sampling",
+                              low=0, high=1)
+    a: str = option("none", "what the user conditions on: nothing, the class, or (the prior of shapes alone) "
+                    "the caption's text embedding", choices=("none", "class", "text"))
     vae: str = option("", "diffuse in the latent space of this Stable Diffusion VAE: a hub's name or a folder",
                       fixed=False)
     # The prior
     prior_width: int = option(512, "width of the prior's tokens", low=1, source="authors")
     prior_depth: int = option(6, "number of transformer blocks of the prior", low=1, source="authors")
     prior_heads: int = option(8, "number of attention heads of the prior", low=1, source="authors")
+    prior_predicts: str = option("data", "the prior's output: y itself, or as EDM's networks (Departure)",
+                                 choices=("data", "edm"), source="paper")
     # The image network
     arch: str = option("ddpm++", "U-Net of the image model and the baseline", choices=("ddpm++", "adm"),
                        source="paper")
@@ -142,6 +150,7 @@ class TrainConfig:
                             "else fp32", choices=("auto", *PRECISIONS), fixed=False)
     compile: bool | None = option(None, "torch.compile the network; unset = on cuda", fixed=False)
     runs: str = option("runs", "folder of all runs", fixed=False)
+    tag: str = option("", "suffix for the run's folder, to keep a variant beside others", fixed=False)
     log: int = option(50_000, "images between lines of log.jsonl", low=1, fixed=False)
     preview: int = option(1_000_000, "images between pictures of samples, which the image model draws after "
                           "embeddings of training images; 0 = none", low=0, fixed=False)
@@ -157,7 +166,7 @@ ARCHITECTURES = {                                     # EDM's networks for 64×6
 }
 # Settings by data set, in layers (source, stages, settings), of which later ones win. Sources: the paper, its
 # authors' code where the paper is silent, EDM, or ours. Layers of "image" hold for the baseline as well.
-EVERY, IMAGE = ("embedder", "prior", "image", "baseline"), ("image", "baseline")
+EVERY, IMAGE = (*STAGES, "joint"), ("image", "baseline", "joint")
 SMALL_PRIOR = dict(lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4)
 PAPER_PRIOR = [("authors", ("prior",), dict(batch=256, lr=1e-4)),
                ("ours", ("prior",), dict(images=100 * M))]                     # the paper: a day on a V100
@@ -170,13 +179,13 @@ PRESETS = {
         ("ours", EVERY, dict(embedder="shapes", lr_ramp=4 * K, log=2 * K, preview=12 * K, save=6 * K, steps=18,
                              churn=0.0, views=1)),
         ("ours", ("embedder",), dict(images=40 * K, lr=2e-3)),
-        ("ours", ("prior",), dict(images=250 * K, **SMALL_PRIOR)),
+        ("ours", ("prior", "joint"), dict(images=250 * K, **SMALL_PRIOR)),
         ("ours", IMAGE, dict(images=44 * K, batch=32, lr=4e-3, width=24, mults=(1, 2, 2), blocks=1,
                              attention=(4,), snapshots=11 * K))],
     "folder": [                                       # minutes on a CPU; on a GPU, give the U-Net more width
         ("EDM", EVERY, dict(augment=0.15)),
         ("ours", EVERY, dict(resolution=32, lr_ramp=4 * K, log=2 * K, preview=6 * K, save=6 * K)),
-        ("ours", ("prior",), dict(images=400 * K, **SMALL_PRIOR)),
+        ("ours", ("prior", "joint"), dict(images=400 * K, **SMALL_PRIOR)),
         ("ours", IMAGE, dict(images=50 * K, batch=32, lr=2e-3, width=24, mults=(1, 2, 2), blocks=1,
                              attention=(8,), dropout=0.05))],
     "cifar10": [
@@ -258,9 +267,28 @@ def configure(dataset="shapes", stage="image", **changes):
             ("--prior-width", config.prior_width, 4, "for its sinusoids")):
         if value % divisor:
             raise UserError(f"{flag} {value} must be divisible by {divisor}, {why}")
+    if not re.fullmatch(r"[\w.]*", config.tag):
+        raise UserError(f"--tag {config.tag}: give letters, digits, dots and underscores alone")
     if config.vae and config.augment:
         raise UserError("--vae has latents of images as they are: --augment 0")
+    if not re.fullmatch(r"clip|none|pca:\d+|kmeans:[1-9]\d*", config.y):
+        raise UserError(f"--y {config.y} is unknown: choose clip, pca:D, kmeans:K (such as pca:32) or none")
+    if config.a == "text" and (dataset != "shapes" or stage == "image"):
+        raise UserError("--a text is for the prior of shapes: captions are nowhere else, and the image model "
+                        "learns of them through y")
+    if config.y.startswith("kmeans") and config.a != "none":
+        raise UserError("--y kmeans draws clusters regardless of a: --a none")
     return config
+
+
+def run_name(stage, y="clip", a="none", tag=""):
+    """The folder of a stage's run below runs/<dataset>: image, image-pca32, prior-text, image-TAG, ..."""
+    parts = [stage]
+    if stage in ("prior", "image") and y != "clip":
+        parts.append(y.replace(":", ""))
+    if stage == "prior" and a == "text":
+        parts.append("text")
+    return "-".join(parts + [tag] * bool(tag))
 
 
 def count(text):
@@ -417,13 +445,24 @@ class Sampler:
     s_max: float = math.inf
     s_noise: float = 1.007
 
-    def __call__(self, denoiser, shape, seeds, cond=None):
-        """Samples p(. | cond), one per seed: shape without B, cond (B, K) or None -> (B, *shape) float32."""
-        device = next(denoiser.parameters()).device
-        noise = SampleNoise(seeds, device)
-        return heun_sample(lambda x, sigma: denoiser(x, sigma, cond), noise.randn(len(seeds), *shape),
-                           sigma_schedule(self.steps), self.s_churn, self.s_min, self.s_max, self.s_noise,
-                           noise.randn_like).float()
+    guidance: float = 1.0
+
+    def __call__(self, denoiser, shape, seeds, cond=None, null=None):
+        """Samples p(. | cond), one per seed: shape without B, cond (B, K) or None -> (B, *shape) float32.
+
+        With guidance W other than 1, the denoiser is D(null) + W (D(cond) - D(null)), where `null` (B, K) tells
+        it less: classifier-free guidance (Ho and Salimans 2022).
+        """
+        def denoise(x, sigma):
+            full = denoiser(x, sigma, cond)
+            if self.guidance == 1 or null is None:
+                return full
+            free = denoiser(x, sigma, null)
+            return free + self.guidance * (full - free)
+
+        noise = SampleNoise(seeds, next(denoiser.parameters()).device)
+        return heun_sample(denoise, noise.randn(len(seeds), *shape), sigma_schedule(self.steps), self.s_churn,
+                           self.s_min, self.s_max, self.s_noise, noise.randn_like).float()
 
 
 def join(*parts):
@@ -442,7 +481,8 @@ def sample_images(image_model, seeds, y, a, sampler):
     shape = (image_model.net.channels, image_model.net.resolution, image_model.net.resolution)
     # Departure: the authors give the image model the prior's seed plus one, so sample i's image and sample
     # i+1's embedding start from the same random numbers. Seeds of their own stream never meet the prior's.
-    return sampler(image_model, shape, [mix_seed("image", seed) for seed in seeds], join(y, a))
+    null = None if y is None else join(torch.zeros_like(y), a)
+    return sampler(image_model, shape, [mix_seed("image", seed) for seed in seeds], join(y, a), null)
 
 
 def sample_two_stage(prior, image_model, seeds, a=None, sampler=Sampler(), image_sampler=None):
@@ -730,19 +770,19 @@ class ClipEmbedder(nn.Module):
 
     forward: (B, 3, H, W) in [-1, 1] -> (B, 512), rms about 0.44. Not L2-normalised: the elements of a unit
     vector, 0.044 in size, would drown in the noise of the prior. `weights`: "openai" (open_clip downloads
-    them once, or has them in its cache) or the path of a weights file.
+    them once, or has them in its cache), the path of a weights file, or None for random ones.
     """
     name = "clip"
 
     def __init__(self, weights="openai"):
         super().__init__()
         import open_clip                              # seconds to import: only those who use it pay
-        if weights != "openai" and not Path(weights).is_file():
+        if weights not in ("openai", None) and not Path(weights).is_file():
             raise UserError(f"--clip-weights {weights}: there is no such file")
         logging.disable(logging.CRITICAL)             # a hub's many lines on a lost connection
         try:                                          # plain ViT-B-32 lacks these weights' activation
             self.model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=weights,
-                                                require_pretrained=True)
+                                                require_pretrained=weights is not None)
         except Exception as error:                    # whatever a hub, a network or a damaged file raises
             wanted = "open_clip_model.safetensors of timm/vit_base_patch32_clip_224.openai on Hugging Face"
             remedy = (f"it should be {wanted}" if weights != "openai" else
@@ -809,6 +849,10 @@ class SmallClip(nn.Module):
             rows.append([self.words.index(w) for w in words] + [0] * (7 - len(words)))
         return self.text(self.embed(torch.tensor(rows, device=self.scale.device)))
 
+    def text_condition(self, texts):
+        """Captions -> (B, dim) of rms 0.5, as the prior is told them (--a text)."""
+        return F.normalize(self.encode_text(texts), dim=1) * math.sqrt(self.dim) / 2
+
     def loss(self, images, texts):
         """CLIP's symmetric loss (Radford et al. 2021, Fig. 3): (B, 3, H, W), B captions -> (B,)."""
         y, t = F.normalize(self(images), dim=1), F.normalize(self.encode_text(texts), dim=1)
@@ -818,23 +862,94 @@ class SmallClip(nn.Module):
         return (pairs[0] + pairs[1]) / 2
 
 
-class PCA:
+class PCA(nn.Module):
     """Principal components of y (N, D). transform: (B, D) -> (B, dims), dims <= D; centred, not whitened."""
 
     def __init__(self, y, dims):
+        super().__init__()
         y = torch.as_tensor(y).double()
         assert 0 < dims <= y.shape[1], (dims, y.shape)
-        self.mean = y.mean(0)
+        self.register_buffer("mean", y.mean(0))
         centred = y - self.mean
         if len(y) < y.shape[1]:                       # few examples: the covariance is large and singular
             basis = F.pad(torch.linalg.svd(centred, full_matrices=False).Vh.T, (0, y.shape[1] - len(y)))
         else:
             basis = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
-        self.basis = basis[:, :dims]                                              # (D, dims), largest first
+        self.register_buffer("basis", basis[:, :dims].contiguous())               # (D, dims), largest first
         self.variance = (centred @ self.basis).square().mean(0)
 
     def transform(self, y):
-        return ((y.double() - self.mean.to(y.device)) @ self.basis.to(y.device)).float()
+        return ((y.double() - self.mean) @ self.basis).float()
+
+
+class KMeans(nn.Module):
+    """Clusters of y (N, D), for the baseline Class-cond. transform: (B, D) -> one-hot (B, clusters).
+
+    Lloyd's iteration from a k-means++ start (Arthur and Vassilvitskii 2007), until no row moves or 100 rounds.
+    A cluster that loses all its rows gets the row farthest from its centre. `counts` (clusters,): rows of each.
+    """
+
+    def __init__(self, y, clusters, seed=0):
+        super().__init__()
+        y, generator = torch.as_tensor(y).float(), torch.Generator().manual_seed(seed)
+        assert 0 < clusters <= len(y), (clusters, y.shape)
+        rows = [int(torch.randint(len(y), (), generator=generator))]
+        nearest = torch.full((len(y),), math.inf)
+        while len(rows) < clusters:                   # each next one with probability ~ squared distance
+            nearest = torch.minimum(nearest, (y - y[rows[-1]]).square().sum(1))
+            edges = nearest.double().cumsum(0)
+            drawn = torch.rand((), generator=generator, dtype=torch.float64) * edges[-1]
+            rows.append(min(int(torch.searchsorted(edges, drawn, right=True)), len(y) - 1))
+        self.register_buffer("centres", y[rows].clone())                                  # (clusters, D)
+        labels = None
+        for _ in range(100):
+            distances, found = self.assign(y)
+            if labels is not None and torch.equal(found, labels):
+                break
+            labels, sums = found, torch.zeros(clusters, y.shape[1], dtype=torch.float64)
+            counts = torch.bincount(labels, minlength=clusters)
+            sums.index_add_(0, labels, y.double())
+            self.centres.copy_(sums / counts.clip(min=1)[:, None])
+            for empty, row in zip((counts == 0).nonzero().flatten(), distances.argsort(descending=True)):
+                self.centres[empty] = y[row]
+        self.register_buffer("counts", torch.bincount(labels, minlength=clusters))
+
+    def assign(self, y, chunk=8192):
+        """(N, D) -> distance to the nearest centre (N,), its number (N,)."""
+        parts = [torch.cdist(part, self.centres).min(1) for part in y.float().split(chunk)]
+        return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+    def transform(self, y):
+        return F.one_hot(self.assign(y)[1], len(self.centres)).float()
+
+
+class Reduced(nn.Module):
+    """An embedder and a PCA or KMeans of its embeddings: (B, 3, H, W) -> (B, D or K)."""
+
+    def __init__(self, embedder, reduction):
+        super().__init__()
+        self.name, self.inner, self.reduction = embedder.name, embedder, reduction
+        self.dim = len(reduction.centres) if isinstance(reduction, KMeans) else reduction.basis.shape[1]
+
+    def forward(self, x):
+        return self.reduction.transform(self.inner(x))
+
+    @classmethod
+    def fit(cls, embedder, y, rows, seed=0):
+        """y: "pca:D" or "kmeans:K"; rows (N, D'): embeddings of the training images, not augmented."""
+        kind, size = y.split(":")[0], int(y.split(":")[1])
+        if size > (rows.shape[1] if kind == "pca" else len(rows)):
+            raise UserError(f"--y {y}: there are only {rows.shape[1]} dimensions and {len(rows)} images")
+        return cls(embedder, PCA(rows, size) if kind == "pca" else KMeans(rows, size, seed))
+
+    @classmethod
+    def restore(cls, embedder, state):
+        """From an embedder and the `state_dict` of its reduction."""
+        reduction = (PCA if "basis" in state else KMeans).__new__(PCA if "basis" in state else KMeans)
+        nn.Module.__init__(reduction)
+        for name, tensor in state.items():
+            reduction.register_buffer(name, tensor)
+        return cls(embedder, reduction)
 
 
 class PixelEmbedder(nn.Module):
@@ -880,12 +995,18 @@ def fingerprint(module):
 
 def pack_embedder(embedder):
     """What a checkpoint keeps of its embedder: name, dim, fingerprint, weights (not the public CLIP's)."""
+    if isinstance(embedder, Reduced):
+        return dict(name=embedder.name, dim=embedder.dim, fingerprint=fingerprint(embedder),
+                    inner=pack_embedder(embedder.inner), reduction={
+                        k: v.cpu() for k, v in embedder.reduction.state_dict().items()})
     state = {} if embedder.name == "clip" else {k: v.cpu() for k, v in embedder.state_dict().items()}
     return dict(name=embedder.name, dim=embedder.dim, fingerprint=fingerprint(embedder), state=state)
 
 
 def unpack_embedder(packed, resolution, clip_weights="openai"):
     """A checkpoint's embedder, in eval mode. Raises UserError if CLIP's weights are not those of its run."""
+    if "reduction" in packed:
+        return Reduced.restore(unpack_embedder(packed["inner"], resolution, clip_weights), packed["reduction"])
     if packed["name"] == "clip":
         embedder = ClipEmbedder(clip_weights)
         if fingerprint(embedder) != packed["fingerprint"]:
@@ -1122,8 +1243,19 @@ def cifar10(folder):
 
 def load_images(config, autoencoder=None):
     """The training images that a configuration names, with latents if there is an autoencoder. UserError."""
+    images = load_all_images(config, autoencoder)
+    if not 0 < config.limit < len(images):
+        return images
+    rows = np.sort(np.random.RandomState(config.seed).permutation(len(images))[:config.limit])
+    latents = None if images.latents is None else images.latents[rows]
+    return Images(images.pixels[rows], None if images.labels is None else images.labels[rows], images.classes,
+                  dict(sha256=hashlib.sha256(images.fingerprint.encode() + rows.tobytes()).hexdigest()), latents)
+
+
+def load_all_images(config, autoencoder=None):
     if config.dataset == "shapes":
-        return shapes_world(torch.arange(config.size), config.resolution, config.seed)
+        size = min(config.size, config.limit or config.size)           # each is random: the first are, too
+        return shapes_world(torch.arange(size), config.resolution, config.seed)
     if config.dataset == "cifar10" and (not config.data or list(Path(config.data).glob("cifar-10-*py*"))):
         if config.resolution != 32:
             raise UserError(f"--resolution {config.resolution}: the images of cifar10 have 32")
