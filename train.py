@@ -394,9 +394,14 @@ def same_run(checkpoint, identity, path):
                         f"use its settings, or keep both by giving another --runs folder")
 
 
+def told_nothing(config):
+    """Whether y is a constant, with which the image model is the baseline."""
+    return config.y in ("none", "pca:0", "kmeans:1")
+
+
 def get_y(config, images, device):
     """The embedder as the image model knows it: whole, reduced by PCA or K-means (fitted once), or None."""
-    if config.y in ("none", "pca:0", "kmeans:1"):     # a constant tells nothing
+    if told_nothing(config):
         return None
     embedder = get_embedder(config, images, device)
     if config.y == "clip":
@@ -558,7 +563,7 @@ def main():
                for stage in (twosdm.STAGES if known.stage == "all" else (known.stage,))]
     if known.stage == "all" and configs[0].embedder != "shapes":
         configs = configs[1:]                         # nothing to train
-    if configs[0].y.startswith("kmeans") or configs[0].y in ("none", "pca:0"):
+    if configs[0].y.startswith("kmeans") or told_nothing(configs[0]):
         if known.stage == "prior":
             raise UserError(f"--y {configs[0].y} leaves the prior nothing to learn: clusters are drawn by their "
                             f"frequency")
@@ -591,14 +596,18 @@ def main():
 
 def describe(config, changes):
     """What --dry-run prints of a stage: each setting with its source, and the size of the network, as JSON."""
-    if config.stage == "embedder":
-        module = twosdm.SmallClip()
-    else:
-        y_dim = 0 if config.stage == "baseline" else dict(clip=512, pixels=64, shapes=64)[config.embedder]
-        side = config.resolution
-        with torch.device("meta"):
-            module = twosdm.build_denoiser(network(
-                config, y_dim, count_classes(config), (4, side // 8, side // 8) if config.vae else (3, side, side)))
+    y_dim, a_dim = dict(clip=512, pixels=64, shapes=64)[config.embedder], count_classes(config)
+    if config.stage == "baseline" or told_nothing(config):
+        y_dim = 0
+    elif ":" in config.y:
+        y_dim = int(config.y.split(":")[1])
+    shape = (3, config.resolution, config.resolution)
+    if config.vae:
+        shape = (4, config.resolution // 8, config.resolution // 8)
+    parts = ("prior", "image") if config.stage == "joint" else (config.stage,)
+    with torch.device("meta"):
+        modules = [twosdm.SmallClip() if stage == "embedder" else twosdm.build_denoiser(
+            network(dataclasses.replace(config, stage=stage), y_dim, a_dim, shape)) for stage in parts]
     whence = twosdm.sources(config.dataset, config.stage, **changes)
     if config.short:
         for name in set(twosdm.SCALED) - changes.keys():
@@ -610,16 +619,17 @@ def describe(config, changes):
                 values[name], whence[name] = parameter.default, "EDM"
     for name, value in ADAM.items():
         values["adam_" + name], whence["adam_" + name] = value, "EDM"
-    values["parameters"], whence["parameters"] = sum(p.numel() for p in module.parameters()), "counted"
+    values["parameters"] = sum(p.numel() for module in modules for p in module.parameters())
+    whence["parameters"] = "counted, without the embedder" if config.stage == "joint" else "counted"
     lines = [f'    "{name}": {json.dumps(dict(value=value, source=whence[name]))}'
              for name, value in values.items()]
     return "  {\n" + ",\n".join(lines) + "\n  }"
 
 
 def count_classes(config):
-    """The number of classes that a configuration's data has, without preparing it; 0 if they are not used."""
-    if config.a == "none":
-        return 0
+    """The length of a, without preparing the data to count its classes."""
+    if config.a != "class":
+        return dict(none=0, text=64)[config.a]
     known = {"shapes": len(twosdm.SHAPES), "cifar10": 10, "imagenet-class": 1000, "imagenet-latent": 1000}
     if config.dataset not in known and not config.data:
         raise UserError("--a class: to count the classes add --data FOLDER_OR_ZIP")

@@ -1665,6 +1665,10 @@ def run(main):
     except torch.OutOfMemoryError:
         print("error: out of the device's memory: give a smaller --batch (when training, --batch-gpu)",
               file=stderr)
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        print(f"error: torch.compile fails here ({type(error).__name__}): add --no-compile", file=stderr)
     except KeyboardInterrupt:
         code = 130
         print("\nstopped: the same command goes on from what is finished", file=sys.stderr)
