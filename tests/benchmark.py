@@ -15,7 +15,6 @@ import contextlib
 import functools
 import resource
 import sys
-import tempfile
 import time
 from pathlib import Path
 from unittest import mock
@@ -36,8 +35,8 @@ ROWS = {                                               # data set, stage, batch 
 IMAGES = 4096
 
 
-def seconds(work, device, least=1.0, warm=1):
-    """The shortest run of work() among as many as fit into `least` seconds, at least one, after `warm` more."""
+def seconds(work, device, least=1.0, warm=True):
+    """The shortest of as many runs of work() as fit into `least` seconds, at least one; one warms up."""
     times = []
     while len(times) <= warm or sum(times[warm:]) < least:
         start = time.perf_counter()
@@ -52,7 +51,7 @@ def matmul_peak(device, precision):
     """FLOP/s of a large matrix product in this precision."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    return 2 * n**3 / seconds(lambda: a @ a, device)
+    return 2 * n**3 / seconds(lambda: a @ a, device, least=3)
 
 
 def flops(work):
@@ -76,6 +75,7 @@ class Row:
     def __init__(self, name, device, args):
         dataset, stage, on_gpu, on_cpu = ROWS[name]
         self.name, self.device, self.precision = name, device, args.precision
+        self.warm = device.type == "cuda" or bool(args.compile)   # else the counting of FLOPs was enough
         self.batch = on_gpu if device.type == "cuda" else on_cpu
         # The image model without augmentation, or CLIP would run in its step.
         config = twosdm.configure(dataset, stage, **(dict(augment=0.0) if stage == "image" else {}))
@@ -123,23 +123,23 @@ class Row:
     def sampling(self, batch=None, steps=40):
         """Seconds that a batch takes, 40 steps = 79 evaluations; and whether all of them were measured."""
         batch, self.batch = self.batch, batch or self.batch
-        brief = seconds(lambda: self.sample(2), self.device, least=0)                  # 3 evaluations
+        brief = seconds(lambda: self.sample(2), self.device, 0, self.warm)             # 3 evaluations
         scaled = brief / 3 * (2 * steps - 1)
         full = self.device.type == "cuda" or scaled < 15
-        result = seconds(lambda: self.sample(steps), self.device, least=0, warm=0) if full else scaled
+        result = seconds(lambda: self.sample(steps), self.device, 0, False) if full else scaled
         self.batch = batch
         return result, full
 
     def measure(self, peak):
-        training = seconds(self.step, self.device)
-        sampling, full = self.sampling()
+        training = seconds(self.step, self.device, warm=self.warm)
+        self.sampled_in = sampling, full = self.sampling()
         memory = (torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else
                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
         rate = self.flops / training
         print(f"{self.name:<14}{sum(p.numel() for p in self.module.parameters()):>13,}{self.batch:>7}"
               f"{self.batch / training:>11,.2f}{rate / 1e12:>10.3f}{rate / peak:>9.0%}"
               f"{self.batch / sampling:>11,.3f}{'' if full else '*':<2}{memory:>8,.0f}", flush=True)
-        return training
+        self.trained_in = training
 
 
 def random_clip(device):
@@ -150,10 +150,10 @@ def random_clip(device):
         return twosdm.ClipEmbedder().to(device)
 
 
-def clip_in_the_loop(prior, training):
+def clip_in_the_loop(prior):
     """Against the bank: each step of the prior first decodes, augments and embeds its images."""
     device, clip, augment = prior.device, random_clip(prior.device), twosdm.Augment(prior.config.augment)
-    batch = prior.batch if device.type == "cuda" else 8
+    batch, training = prior.batch if device.type == "cuda" else 8, prior.trained_in
 
     @torch.no_grad()
     def embed():
@@ -161,13 +161,13 @@ def clip_in_the_loop(prior, training):
 
     embedding = seconds(embed, device) / batch * prior.batch
     print(f"prior from the bank: {prior.batch / training:,.1f}/s, with CLIP in each step: "
-          f"{prior.batch / (training + embedding):,.1f}/s, {1 + embedding / training:.1f} times slower (CLIP at "
-          f"batch {batch}: {embedding / prior.batch * 1e3:.2f} ms per image)", flush=True)
+          f"{prior.batch / (training + embedding):,.1f}/s, {1 + embedding / training:.1f} times slower "
+          f"(CLIP at batch {batch}: {embedding / prior.batch * 1e3:.2f} ms per image)", flush=True)
 
 
 def share_of_prior(prior, image):
     """Of the time of two-stage sampling, both stages at the image model's batch."""
-    (y, _), (x, full) = prior.sampling(image.batch), image.sampling()
+    (y, _), (x, full) = prior.sampling(image.batch), image.sampled_in
     print(f"two-stage sampling, batch {image.batch}, 40 steps each: prior {y:.3f} s, {image.name} {x:.3f} s"
           f"{'' if full else '*'}, share of the prior {y / (x + y):.2%}", flush=True)
 
@@ -186,8 +186,8 @@ def edm_figures(row):
     x, sigma = torch.randn(row.batch, *row.shape, device=row.device), torch.ones(row.batch, device=row.device)
     x, cond = x.contiguous(memory_format=torch.channels_last), torch.randn(
         row.batch, row.module.net.cond_dim, device=row.device)
-    there, back = (seconds(work, row.device, warm=0) / row.batch for work in (forward, backward))
-    print(f"{row.name}, batch {row.batch}: {there:.3g} s per image forward, {back:.3g} s forward and backward; "
+    there, back = (seconds(work, row.device, warm=row.warm) / row.batch for work in (forward, backward))
+    print(f"{row.name}, batch {row.batch}, per image: forward {there:.3g} s, with backward {back:.3g} s, "
           f"training {row.flops / row.batch / 1e9:.0f} GFLOP per image", flush=True)
 
 
@@ -207,15 +207,15 @@ def main():
     print(f"{device}, {args.precision}, {torch.get_num_threads()} threads: matrix product "
           f"{peak / 1e12:.3f} TFLOP/s\n{'network':<14}{'parameters':>13}{'batch':>7}{'training/s':>11}"
           f"{'TFLOP/s':>10}{'of peak':>9}{'sampling/s':>11}{'':<2}{'MB':>8}", flush=True)
-    prior = training = None
+    prior = None
     for name in ROWS:
         if args.only not in name:
             continue
         row = Row(name, device, args)
-        measured = row.measure(peak)
+        row.measure(peak)
         if name == "prior":
-            prior, training = row, measured
-            clip_in_the_loop(prior, training)
+            prior = row
+            clip_in_the_loop(prior)
         if name == "DDPM++-64":
             edm_figures(row)
             share_of_prior(prior or Row("prior", device, args), row)

@@ -1,4 +1,4 @@
-"""Theorems about bf16: any CPU can compute what tensor cores do, and training with it ends where fp32 does."""
+"""Theorems about bf16: any CPU can compute what tensor cores do, and training has the losses of fp32."""
 import contextlib
 import json
 from unittest import mock
@@ -19,8 +19,7 @@ def tensor_cores():
 
     Exact products of bf16, their sum in fp32, only the result rounded: the gradient of a cast is the cast of
     the gradient. A CPU without bf16 units takes a hundred times longer for it. All else, attention among it,
-    runs as it is. CUDA's autocast leaves in fp32 what norms return, the CPU's rounds that to bf16 as well, so
-    that what holds here holds there.
+    runs as it is. The CPU's autocast rounds what group norms return, too, which CUDA's leaves in fp32.
     """
     used = []
 
@@ -34,7 +33,7 @@ def tensor_cores():
                 return product(x, weight, bias, *options, **more).bfloat16()
         return call
 
-    with mock.patch.object(F, "conv2d", emulated(F.conv2d)), mock.patch.object(F, "linear", emulated(F.linear)):
+    with mock.patch.multiple(F, conv2d=emulated(F.conv2d), linear=emulated(F.linear)):
         yield used
 
 
@@ -99,12 +98,11 @@ def test_an_emulated_step_of_the_prior_is_the_real_one_bit_for_bit():
 def test_an_emulated_step_of_the_unet_is_nearer_to_the_real_one_than_fp32_is(arch):
     """Not equal: where a sum in another order is rounded otherwise, all later layers are."""
     def make():
-        return Denoiser(UNet(8, cond_dim=5, arch=arch, width=64 if arch == "adm" else 16, mults=(1, 2), blocks=1,
-                             attention=(4,)))
+        return Denoiser(UNet(8, cond_dim=5, arch=arch, width=64 if arch == "adm" else 16, mults=(1, 2),
+                             blocks=1, attention=(4,)))
 
     torch.manual_seed(1)
     ours, real, fp32 = steps(make, torch.randn(4, 3, 8, 8), torch.tensor([0.1, 0.5, 1, 5]), torch.randn(4, 5))
-    print(arch, distance(ours, real), distance(fp32, real), distance(ours, fp32))
     for near, far in zip(distance(ours, real), distance(fp32, real)):
         assert near < 0.75 * far < 0.03
 
@@ -131,11 +129,10 @@ def compare(folder, stage, steps, windows, **changes):
 
 @pytest.mark.parametrize("stage", ["prior", "image"])
 def test_300_steps_in_bf16_have_the_losses_of_fp32(stage, tmp_path):
-    small = dict(size=500, embedder="pixels", resolution=8, width=16, mults=(1,), batch=8,
-                 prior_width=64, prior_depth=1)
-    if stage == "prior":
-        small["batch"] = 32
+    """Small networks, 8x8 pixels. The preset as it is, compare(folder, stage, 300, 6): within 1.1 %."""
+    small = dict(size=500, embedder="pixels", resolution=8, width=16, mults=(1,), prior_width=64,
+                 prior_depth=1, batch=8 if stage == "image" else 32)
     fp32, bf16, change = compare(tmp_path, stage, 300, 3, **small)
     assert fp32[-1] < 0.9 * fp32[0]                   # it has learned
     assert all(abs(c) < 0.02 for c in change), (fp32, bf16)
-    print(fp32, bf16, change)
+    assert fp32 != bf16
