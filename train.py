@@ -279,7 +279,7 @@ def train(config, device):
     if config.init_from and not checkpoint and config.stage in twosdm.IMAGE:
         twosdm.init_from_edm(module, config.init_from, job.classes)
     ema = twosdm.EMA(module, config.ema_half_life, config.ema_ramp)
-    optimizer = torch.optim.Adam(module.parameters(), lr=config.lr, fused=device.type == "cuda", **ADAM)
+    optimizer = torch.optim.Adam(module.parameters(), lr=config.lr, fused=device.type != "mps", **ADAM)
     seen, seconds = 0, 0.0
     if checkpoint:
         if checkpoint["fingerprints"]["embedder"] != (packed and packed["fingerprint"]):
