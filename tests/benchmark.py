@@ -86,7 +86,7 @@ class Row:
         self.module, self.config = self.job.module.train(), config
         self.sampled = twosdm.EMA(self.module, config.ema_half_life, config.ema_ramp)
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=config.lr,
-                                          fused=device.type == "cuda", **train.ADAM)
+                                          fused=device.type != "mps", **train.ADAM)
         self.order, self.meter, self.seen = twosdm.Order(IMAGES, 0), train.Meter(), 0
         self.shape = ((self.module.net.dim,) if stage == "prior" else self.job.images.shape)
         if device.type == "cuda":
