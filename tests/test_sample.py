@@ -128,9 +128,12 @@ def test_the_images_of_one_embedding_share_it_and_differ_in_noise_that_does_not_
     assert all(np.abs(pictures["000003-00.png"] - pictures[f"000003-{k:02d}.png"]).max() > 1 for k in (1, 2))
     assert call(sample, *flags, "--n", 2, "--out", "plain", cwd=tmp_path)[0] == 0
     assert np.abs(picture(tmp_path / "plain" / "000004.png") - pictures["000004-00.png"]).max() <= 1
-    drawn.clear()                                     # more of them, and of other embeddings: continued
-    assert call(sample, *flags[:2], "--seed", 4, "--same-y", 4, "--n", 4, "--out", "y", cwd=tmp_path)[0] == 0
-    assert len(drawn) == 1 and drawn[0][0] not in seeds
+    more = [*flags[:2], "--seed", 4, "--same-y", 4, "--n", 4]
+    for out, new in (("y", 1), ("fresh", 4)):         # the first folder is continued
+        drawn.clear()
+        assert call(sample, *more, "--out", out, cwd=tmp_path)[0] == 0
+        assert len(drawn) == new and drawn[-1][0] not in seeds
+    assert [seed for seed, *_ in drawn[:3]] == seeds[3:]
     assert {"grid-000003.png", "grid-000004.png"} < {path.name for path in (tmp_path / "y").iterdir()}
     assert np.array_equal(picture(tmp_path / "y" / "000004-01.png"), pictures["000004-01.png"])
     for method in ("oracle", "2sdm"):
@@ -197,10 +200,12 @@ def test_modes_without_sense_are_refused(trained, call, tmp_path):
     grid, like = ["--interpolate", "3"], ["--like", "x.png"]
     for flags, words in (
             ([*grid, *like], ("--interpolate", "--like")), ([*grid, "--same-y", 2], ("--same-y",)),
-            ([*grid, "--npz"], ("--npz",)), ([*grid, "--n", 4], ("--n",)), ([*grid, "--churn", 9], ("--churn",)),
+            ([*grid, "--npz"], ("--npz",)), ([*grid, "--n", 4], ("--n",)),
+            ([*grid, "--churn", 9], ("--churn",)),
             ([*like, "--npz"], ("--like", "--npz")), ([*like, "--n", 4], ("--n",)),
             (["--same-y", 2, "--npz"], ("--same-y", "--npz")), (["--slerp", "y"], ("--interpolate",)),
-            ([*like, "--method", "baseline"], ("--method baseline",)), (["--interpolate", 1], ("--interpolate",)),
+            ([*like, "--method", "baseline"], ("--method baseline",)),
+            (["--interpolate", 1], ("--interpolate",)),
             (["--same-y", 0], ("--same-y",)), ([*grid, "--method", "oracle"], ("--method 2sdm",)),
             ([*grid, "--method", "baseline"], ("--method 2sdm",)),
             (["--same-y", 2, "--method", "baseline"], ("--method 2sdm", "--y clip"))):
@@ -237,4 +242,11 @@ def test_latents_and_classes_have_the_modes_too(call, tmp_path, drawn):
         a = torch.stack([a for _, _, a, _ in drawn])
         assert len(a.unique(dim=0)) == classes and (a.sum(1) == 1).all()
         assert "--class" not in flags or (a[:, 1] == 1).all()
+    model = pipeline(tmp_path, "2sdm", "--churn", 0)
+    seed = next(s for s in range(99) if not torch.equal(*model.labels([s, s + 1])))
+    for ends in ([seed, seed + 1], [seed + 1, seed]):
+        assert torch.equal(model.conditions(ends, [0.0, 0.5, 1.0])[1], model.labels(ends[:1] * 3))
+    drawn.clear()
+    assert call(sample, "--interpolate", 2, "--seed", seed, "--slerp", "y", cwd=tmp_path)[0] == 0
+    assert all(torch.equal(a, model.labels([seed])[0]) for _, _, a, _ in drawn)
     assert Image.open("samples/imagenet-latent-oracle-like/000001-02.png").size == (16, 16)
