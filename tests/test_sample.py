@@ -71,7 +71,8 @@ def test_slerp_between_parallel_ends_is_a_straight_line():
     assert (slerp(a, 3 * a, [0.5]) - 2 * a).abs().max() < 1e-6
     for ends in ((a, -a), (a[:1], -2 * a[:1]), (a, 0 * a)):                     # no one circle, but no NaN
         points = slerp(*ends, [0.0, 0.5, 1.0])
-        assert points.isfinite().all() and torch.equal(points[0], ends[0]) and torch.equal(points[-1], ends[1])
+        assert points.isfinite().all()
+        assert torch.equal(points[0], ends[0]) and torch.equal(points[-1], ends[1])
 
 
 def test_a_sampler_between_two_seeds_gives_at_the_ends_what_the_seeds_give():
@@ -230,9 +231,9 @@ def test_latents_and_classes_have_the_modes_too(call, tmp_path, drawn):
     photographs(tmp_path / "in", classes=2)
     for stage in ("prior", "image"):
         code, out, err = call(train, *("--images 8 --batch 8 --resolution 16 --embedder pixels --arch ddpm++ "
-                              "--width 8 --mults 1,2 --blocks 1 --attention 4 --prior-width 16 --prior-depth 1 "
-                              "--prior-heads 2 --steps 2 --dataset imagenet-latent --preview 0 --data in "
-                              "--stage").split(), stage, "--vae", weights, cwd=tmp_path)
+                              "--width 8 --mults 1,2 --blocks 1 --attention 4 --prior-width 16 "
+                              "--prior-depth 1 --prior-heads 2 --steps 2 --dataset imagenet-latent "
+                              "--preview 0 --data in --stage").split(), stage, "--vae", weights, cwd=tmp_path)
         assert code == 0, err
     for flags, classes in ((["--interpolate", 2], 1), (["--interpolate", 2, "--class", 1], 1),
                            (["--same-y", 2, "--n", 8], 2), (["--like", "in/class0/0.jpg", "--same-y", 3], 1)):
