@@ -4,15 +4,21 @@
     python sample.py --method baseline --n 1000      the EDM model without embeddings
     python sample.py --method baseline --checkpoint edm-ffhq-64x64-uncond-vp.pkl      EDM's own
     python sample.py --n 50000 --npz --out big       also `arr_0` (N, H, W, 3) uint8 for OpenAI's evaluator
+    python sample.py --interpolate                   rows share y, columns the image noise (Figs. 8 to 10)
+    python sample.py --same-y 8                      eight images of each embedding (Fig. 2)
+    python sample.py --like cat.png dog.jpg          variations of given images: y = e_i(image)
 
 Image i depends on seed + i alone, not on the batch or the number of processes (torchrun sample.py ...).
 The same command again continues where it stopped.
 """
 import argparse
+import hashlib
 import json
+import re
 import sys
 import zipfile
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -38,10 +44,11 @@ class Pipeline:
     """A method with its networks: seeds -> images. Raises UserError if a run is missing or two do not fit.
 
     2sdm: y ~ prior, x ~ image model. oracle: y is the embedding of a training image. baseline: no y at all.
-    joint: 2sdm, its networks and embedder trained together (Overfit-2SDM).
+    joint: 2sdm, its networks and embedder trained together (Overfit-2SDM). With own_images, the oracle does
+    without the training images: the caller has others to `embed`.
     """
 
-    def __init__(self, args, method, device):
+    def __init__(self, args, method, device, own_images=False):
         self.args, self.method, self.device = args, method, device
         self.precision = twosdm.set_precision(args.precision, device, auto="tf32")
         given = load_given(args.checkpoint)
@@ -96,7 +103,7 @@ class Pipeline:
         if packed and (method == "oracle" or self.text):
             self.embedder = twosdm.unpack_embedder(packed, saved["resolution"],
                                                    args.clip_weights or saved["clip_weights"]).to(device)
-        if method == "oracle":
+        if method == "oracle" and not own_images:
             config = twosdm.TrainConfig(**saved)
             config.runs, config.data = args.runs, args.data or config.data
             self.images = twosdm.load_images(config, self.autoencoder)
@@ -135,21 +142,31 @@ class Pipeline:
         return F.one_hot(drawn, self.classes).float().to(self.device)
 
     @torch.no_grad()
-    def conditions(self, seeds):
-        """Stage 1: (B,) seeds -> y (B, D) and a (B, A), either of them None if the method has none."""
-        a, y = self.labels(seeds) if self.classes else None, None
+    def embed(self, images, rows):
+        """y = e_i(x) of a data set's rows (B,) -> (B, D)."""
+        return self.embedder(images.batch(rows, self.device))
+
+    @torch.no_grad()
+    def conditions(self, seeds, way=None):
+        """Stage 1: (B,) seeds -> y (B, D) and a (B, A), either of them None if the method has none.
+
+        With `way` (B,) the prior goes from the noise of the first of two seeds to that of the second; a is
+        the first's throughout.
+        """
+        items = seeds if way is None else [seeds[0]] * len(way)
+        a, y = self.labels(items) if self.classes else None, None
         if self.text:
-            a = self.embedder.text_condition([self.args.prompt]).expand(len(seeds), -1)
+            a = self.embedder.text_condition([self.args.prompt]).expand(len(items), -1)
         if self.method == "oracle":
             rows = self.items(seeds)
             if self.classes:
                 labels = torch.from_numpy(self.images.labels[rows])
                 a = F.one_hot(labels, self.classes).float().to(self.device)
             if self.embedder is not None:
-                y = self.embedder(self.images.batch(rows, self.device))
+                y = self.embed(self.images, rows)
         elif self.prior is not None:
             with self.autocast():
-                y = twosdm.sample_embeddings(self.models["prior"], seeds, a, self.sampler)
+                y = twosdm.sample_embeddings(self.models["prior"], seeds, a, self.sampler, way)
             if self.args.temperature != 1:
                 mean = self.prior["y_mean"].to(self.device)
                 y = mean + self.args.temperature * (y - mean)
@@ -158,10 +175,10 @@ class Pipeline:
         return None if y is None else y.to(self.device), None if self.text else a
 
     @torch.no_grad()
-    def draw(self, seeds, y, a):
-        """Stage 2: (B,) seeds and what `conditions` gives -> (B, H, W, 3) uint8."""
+    def draw(self, seeds, y, a, way=None):
+        """Stage 2: (B,) seeds, or two and `way` (B,), and what `conditions` gives -> (B, H, W, 3) uint8."""
         with self.autocast():
-            x = twosdm.sample_images(self.image, seeds, y, a, self.image_sampler)
+            x = twosdm.sample_images(self.image, seeds, y, a, self.image_sampler, way)
         x = x if self.autoencoder is None else self.autoencoder.decode(x)
         return twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
 
@@ -287,56 +304,184 @@ def open_folder(out, settings, default):
     raise UserError(f"{out} holds something else already: give another --out")
 
 
-def write_npz(path, folder, names, shape):
-    """All PNGs of a folder as one array `arr_0` (N, H, W, 3) uint8, streamed: memory does not grow with N."""
-    with twosdm.written(path) as fresh, zipfile.ZipFile(fresh, "w") as archive, archive.open(
-            "arr_0.npy", "w", force_zip64=True) as file:
-        np.lib.format.write_array_header_1_0(
-            file, dict(descr="|u1", fortran_order=False, shape=(len(names), *shape)))
-        for name in names:
-            file.write(np.asarray(Image.open(folder / name)).tobytes())
+def write_npz(folder, shape):
+    """samples.npz: a folder's images as `arr_0` (N, H, W, 3) uint8 in the order of their `seeds` (N,); -> N.
+
+    Streamed: memory does not grow with N.
+    """
+    seeds = sorted(int(path.stem) for path in folder.glob("*.png") if re.fullmatch(r"\d{6,}", path.stem))
+    with twosdm.written(folder / "samples.npz") as fresh, zipfile.ZipFile(fresh, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(
+                file, dict(descr="|u1", fortran_order=False, shape=(len(seeds), *shape)))
+            for seed in seeds:
+                file.write(np.asarray(Image.open(folder / f"{seed:06d}.png")).tobytes())
+        with archive.open("seeds.npy", "w") as file:
+            np.lib.format.write_array(file, np.array(seeds, np.int64))
+    return len(seeds)
+
+
+class Job(NamedTuple):
+    """Which images to draw, how, and how the grid shows them."""
+    names: dict                     # key of each image, such as its seed -> file name
+    draw: Callable                  # keys (B,) -> (B, H, W, 3) uint8
+    columns: int
+    rows: int                       # of the grid, at most
+    recorded: dict = {}             # what the images depend on beside Pipeline.describe()
+    given: "np.ndarray | None" = None        # images (rows, H, W, 3) that come first in their rows
+
+
+def independent(pipeline, args):
+    """--n images, each with y and noise of its own."""
+    n = args.n or 64
+    names = {seed: f"{seed:06d}.png" for seed in range(args.seed, args.seed + n)}
+    return Job(names, pipeline, columns=min(8, n), rows=8)
+
+
+def interpolation(pipeline, args):
+    """--interpolate N, Appendix C: y changes from row to row, the image noise from column to column."""
+    N, ends = args.interpolate, [args.seed, args.seed + 1]
+    way = torch.linspace(0, 1, N, dtype=torch.float64)
+    y, a = pipeline.conditions(ends, way if args.slerp == "noise" else way[[0, -1]])
+    y = y if args.slerp == "noise" else twosdm.slerp(*y, way)
+    a = None if a is None else a[:1]
+
+    def draw(cells):
+        rows, columns = map(list, zip(*cells))
+        return pipeline.draw(ends, y[rows], None if a is None else a.expand(len(cells), -1), way[columns])
+
+    names = {(row, column): f"row{row:02d}-column{column:02d}.png" for row in range(N) for column in range(N)}
+    return Job(names, draw, N, N, dict(interpolate=N, slerp=args.slerp, seed=args.seed))
+
+
+def variations(pipeline, args):
+    """--same-y K: K images of each y, that of a seed or, with --like, the embedding of a given image."""
+    K, given, recorded = args.same_y or 8, None, dict(same_y=True)
+    count = len(args.like) if args.like else -(-(args.n or 8 * K) // K)
+    seeds, batches = range(args.seed, args.seed + count), []
+    if args.like:
+        given = read_images(args.like, pipeline.shape[0])
+        recorded = dict(like=[hashlib.sha256(image.tobytes()).hexdigest()[:12] for image in given],
+                        seed=args.seed)
+    for part in (np.arange(count)[i:i + args.batch] for i in range(0, count, args.batch)):
+        items = [seeds[i] for i in part]
+        batches.append(pipeline.conditions(items) if given is None else (
+            pipeline.embed(twosdm.Images(given), part), pipeline.labels(items) if pipeline.classes else None))
+    y, a = (None if parts[0] is None else torch.cat(parts) for parts in zip(*batches))
+
+    def draw(cells):
+        rows = [row for row, _ in cells]
+        # The first image of a row is what its seed alone would give; the others do not depend on K.
+        noise = [seeds[row] if k == 0 else twosdm.mix_seed("variation", seeds[row], k) for row, k in cells]
+        return pipeline.draw(noise, y[rows], None if a is None else a[rows])
+
+    names = {(row, k): f"{seed:06d}-{k:02d}.png" for row, seed in enumerate(seeds) for k in range(K)}
+    return Job(names, draw, K, 64, recorded, given)
+
+
+def read_images(paths, resolution):
+    """Image files, treated as training images are -> (N, R, R, 3) uint8. Raises UserError."""
+    entries = [twosdm.Entry(str(path), size=0, stamp=0) for path in paths]
+    pixels, bad, _ = twosdm.read_chunk("", entries, resolution)
+    for _, name, reason in bad:
+        raise UserError(f"--like {name}: {reason}: give image files")
+    return pixels
+
+
+def grid(job, folder):
+    """The first rows of a job's images as one picture."""
+    names = list(job.names.values())[:job.rows * job.columns]
+    shown = np.stack([np.asarray(Image.open(folder / name)) for name in names])
+    if job.given is None:
+        return twosdm.image_grid(shown, job.columns)
+    rows = shown.reshape(-1, job.columns, *shown.shape[1:])
+    rows = np.concatenate([job.given[:len(rows), None], rows], axis=1)
+    return twosdm.image_grid(rows.reshape(-1, *shown.shape[1:]), job.columns + 1)
+
+
+def choose_mode(args):
+    """None (independent images) or the flag that says otherwise. Raises UserError for flags at odds."""
+    def given(flag):
+        return getattr(args, flag.replace("-", "_"))
+
+    at_odds = {"interpolate": ("like", "same-y", "n", "npz", "churn"), "like": ("n", "npz"),
+               "same-y": ("npz",)}
+    mode = next((flag for flag in at_odds if given(flag)), None)
+    for other in at_odds.get(mode, ()):
+        if given(other):
+            raise UserError(f"--{mode} and --{other} do not go together: leave one of them away")
+    if args.slerp == "y" and mode != "interpolate":
+        raise UserError("--slerp y is for --interpolate: add it, or leave --slerp away")
+    if mode == "like" and args.method not in ("2sdm", "oracle"):
+        raise UserError(f"--like draws with the image model of 2SDM: leave --method {args.method} away")
+    return mode
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     at_least = add_sampling_flags(parser)
-    parser.add_argument("--method", choices=list(METHODS), default="2sdm", help="(default: %(default)s)")
-    parser.add_argument("--n", type=at_least(1, int), default=64,
-                        help="number of images (default: %(default)s)")
-    parser.add_argument("--out", help="folder for the images (default: samples/<dataset>-<method>, numbered)")
-    parser.add_argument("--npz", action="store_true", help="also write samples.npz, all images as one array")
+    add = parser.add_argument
+    add("--method", choices=list(METHODS), default="2sdm", help="(default: %(default)s)")
+    add("--n", type=at_least(1, int),
+        help="number of images, with --same-y rounded up to whole rows (default: 64, with --same-y 8 rows)")
+    add("--interpolate", nargs="?", type=at_least(2, int), const=8, metavar="N",
+        help="an N×N grid between two embeddings and two noises, those of the seed and the next; without "
+             "churn (default: no; without N: 8)")
+    add("--slerp", choices=("noise", "y"), default="noise",
+        help="what --interpolate turns from one embedding into the other: the prior's noise, or y itself "
+             "(default: %(default)s)")
+    add("--same-y", type=at_least(1, int), metavar="K",
+        help="K images of each embedding, each with noise of its own (default: 1, with --like 8)")
+    add("--like", nargs="+", metavar="IMAGE",
+        help="variations of image files: y is their embedding; the grid shows them in its first column")
+    add("--out", help="folder for the images (default: samples/<dataset>-<method>, with -interpolate, -same-y "
+        "or -like where it applies, numbered)")
+    add("--npz", action="store_true",
+        help="also write samples.npz: all images in the folder as one array, by their seeds")
     args = parser.parse_args()
+    mode = choose_mode(args)
+    if mode == "interpolate":
+        args.churn = 0.0
+    if mode == "like":
+        args.method = "oracle"
     same_dataset(args)
     device = twosdm.pick_device(args.device)
     twosdm.join_processes(device)
     load_given(args.checkpoint, [args.method])
-    pipeline = Pipeline(args, args.method, device)
-    settings = json.dumps(pipeline.describe(), indent=1)
+    pipeline = Pipeline(args, args.method, device, own_images=mode == "like")
+    if mode == "interpolate" and pipeline.prior is None:
+        raise UserError("--interpolate needs a prior of embeddings: --method 2sdm with --y clip or pca:D")
+    if mode and (pipeline.clusters is not None or not (pipeline.prior or pipeline.embedder)):
+        raise UserError(f"--{mode} needs embeddings y, which the baseline, K-means and --y none do not have: "
+                        f"--method 2sdm with --y clip or pca:D")
+    job = (interpolation if mode == "interpolate" else variations if mode else independent)(pipeline, args)
+    settings = json.dumps(pipeline.describe() | job.recorded, indent=1)
     sources = ", ".join(map(str, pipeline.files.values()))
     print(f"{args.method} from {sources}, {pipeline.sampler.steps} steps", file=sys.stderr)
     folder = None
     if not twosdm.rank():
-        folder = open_folder(args.out, settings, f"samples/{pipeline.main['dataset']}-{args.method}")
+        kind = f"{args.method}-{mode}" if mode else args.method
+        folder = open_folder(args.out, settings, f"samples/{pipeline.main['dataset']}-{kind}")
     folder = twosdm.gather(folder)[0]
-    seeds = range(args.seed, args.seed + args.n)
-    names = [f"{seed:06d}.png" for seed in seeds]
-    missing = [seed for seed, name in zip(seeds, names) if not (folder / name).exists()]
+    missing = [key for key, name in job.names.items() if not (folder / name).exists()]
     twosdm.gather(None)                               # nobody draws before all have looked
-    bar = tqdm(total=args.n, initial=args.n - len(missing), desc=args.method, unit=" images")
+    total = len(job.names)
+    bar = tqdm(total=total, initial=total - len(missing), desc=args.method, unit=" images")
     for part in twosdm.share([missing[i:i + args.batch] for i in range(0, len(missing), args.batch)]):
-        for seed, pixels in zip(part, pipeline(part)):
-            twosdm.save_picture(folder / f"{seed:06d}.png", pixels)
+        for key, pixels in zip(part, job.draw(part)):
+            twosdm.save_picture(folder / job.names[key], pixels)
         bar.update(min(len(part) * twosdm.processes(), bar.total - bar.n))
     bar.close()
     twosdm.gather(None)
     if twosdm.rank():
         return 0
-    shown = np.stack([np.asarray(Image.open(folder / name)) for name in names[:64]])
-    twosdm.save_picture(folder / "grid.png", twosdm.image_grid(shown, min(8, len(shown))), least=512)
+    picture = folder / (f"grid-{args.seed:06d}.png" if args.seed else "grid.png")      # never another seed's
+    twosdm.save_picture(picture, grid(job, folder), least=512)
     if args.npz:
-        write_npz(folder / "samples.npz", folder, names, pipeline.shape)
-    print(folder / "grid.png")
+        count = write_npz(folder, pipeline.shape)
+        print(f"{folder / 'samples.npz'} holds all {count} images of the folder", file=sys.stderr)
+    print(picture)
     return 0
 
 

@@ -428,6 +428,24 @@ class SampleNoise:
         return self.randn(*x.shape).to(x.dtype)
 
 
+def slerp(start, end, way):
+    """From start (...) to end (...) by way (T,) in [0, 1] -> (T, ...): way 0 and 1 give the ends, to the bit.
+
+    Directions move along the great circle, lengths in proportion. Gaussian noise of many dimensions lies on a
+    sphere; halfway along a straight line it would be shorter by 30 %, which no denoiser has ever seen.
+    """
+    a, b = (v.cpu().double().flatten() for v in (start, end))           # Apple's GPU has no float64
+    way = torch.as_tensor(way, dtype=torch.float64)[:, None]             # (T, 1)
+    lengths = [v.norm().clip(min=1e-30) for v in (a, b)]
+    angle = (a @ b / (lengths[0] * lengths[1])).clip(-1, 1).acos()
+    parts = [1 - way, way]
+    if angle.sin() > 1e-7:                            # else they are parallel, and there is no one circle
+        parts = [(angle * part).sin() / angle.sin() for part in parts]
+    length = (1 - way) * lengths[0] + way * lengths[1]
+    between = length / lengths[0] * parts[0] * a + length / lengths[1] * parts[1] * b
+    return between.unflatten(1, start.shape).to(start.dtype).to(start.device)
+
+
 def mix_seed(*parts):
     """The name of a random stream and numbers -> a seed. 32 bits: torch's CPU generator takes no more."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
@@ -447,9 +465,10 @@ class Sampler:
 
     guidance: float = 1.0
 
-    def __call__(self, denoiser, shape, seeds, cond=None, null=None):
+    def __call__(self, denoiser, shape, seeds, cond=None, null=None, way=None):
         """Samples p(. | cond), one per seed: shape without B, cond (B, K) or None -> (B, *shape) float32.
 
+        With `way` (B,) there are two seeds; sample i starts from `slerp` of their noise, at way[i] (App. C).
         With guidance W other than 1, the denoiser is D(null) + W (D(cond) - D(null)), where `null` (B, K) tells
         it less: classifier-free guidance (Ho and Salimans 2022).
         """
@@ -461,7 +480,11 @@ class Sampler:
             return free + self.guidance * (full - free)
 
         noise = SampleNoise(seeds, next(denoiser.parameters()).device)
-        return heun_sample(denoise, noise.randn(len(seeds), *shape), sigma_schedule(self.steps), self.s_churn,
+        start = noise.randn(len(seeds), *shape)
+        if way is not None:
+            assert self.s_churn == 0, "between two seeds there is no noise to churn with"
+            start = slerp(*start, way)
+        return heun_sample(denoise, start, sigma_schedule(self.steps), self.s_churn,
                            self.s_min, self.s_max, self.s_noise, noise.randn_like).float()
 
 
@@ -471,18 +494,18 @@ def join(*parts):
     return torch.cat(parts, dim=1) if parts else None
 
 
-def sample_embeddings(prior, seeds, a, sampler):
+def sample_embeddings(prior, seeds, a, sampler, way=None):
     """Stage 1: y ~ p_prior(y | a). a (B, A) or None -> (B, D)."""
-    return sampler(prior, (prior.net.dim,), seeds, a)
+    return sampler(prior, (prior.net.dim,), seeds, a, way=way)
 
 
-def sample_images(image_model, seeds, y, a, sampler):
+def sample_images(image_model, seeds, y, a, sampler, way=None):
     """Stage 2: x ~ p_image(x | y, a). y (B, D), or None for plain EDM -> (B, C, H, W), about [-1, 1]."""
     shape = (image_model.net.channels, image_model.net.resolution, image_model.net.resolution)
     # Departure: the authors give the image model the prior's seed plus one, so sample i's image and sample
     # i+1's embedding start from the same random numbers. Seeds of their own stream never meet the prior's.
     null = None if y is None else join(torch.zeros_like(y), a)
-    return sampler(image_model, shape, [mix_seed("image", seed) for seed in seeds], join(y, a), null)
+    return sampler(image_model, shape, [mix_seed("image", seed) for seed in seeds], join(y, a), null, way)
 
 
 def sample_two_stage(prior, image_model, seeds, a=None, sampler=Sampler(), image_sampler=None):
