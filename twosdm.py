@@ -867,19 +867,25 @@ class PCA(nn.Module):
 
     def __init__(self, y, dims):
         super().__init__()
-        y = torch.as_tensor(y).double()
+        y = torch.as_tensor(y)
         assert 0 < dims <= y.shape[1], (dims, y.shape)
-        self.register_buffer("mean", y.mean(0))
-        centred = y - self.mean
+        mean = y.mean(0, dtype=torch.float64)
         if len(y) < y.shape[1]:                       # few examples: the covariance is large and singular
-            basis = F.pad(torch.linalg.svd(centred, full_matrices=False).Vh.T, (0, y.shape[1] - len(y)))
-        else:
-            basis = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
-        self.register_buffer("basis", basis[:, :dims].contiguous())               # (D, dims), largest first
-        self.variance = (centred @ self.basis).square().mean(0)
+            _, scales, basis = torch.linalg.svd(y - mean, full_matrices=False)
+            basis, scales = (F.pad(t, (0, y.shape[1] - len(y))) for t in (basis.T, scales.square()))
+        else:                                         # in parts: a million rows are gigabytes
+            scales, basis = torch.linalg.eigh(sum((part - mean).T @ (part - mean) for part in y.split(8192)))
+            scales, basis = scales.clip(min=0).flip(0), basis.flip(1)
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("basis", basis[:, :dims].float().contiguous())       # (D, dims), largest first
+        self.variance = (scales[:dims] / len(y)).float()
 
     def transform(self, y):
-        return ((y.double() - self.mean) @ self.basis).float()
+        return (y.float() - self.mean) @ self.basis
+
+
+# Not by a product of matrices, which a GPU may round to TF32; for the many distances of a fit it is faster.
+EXACT = "donot_use_mm_for_euclid_dist"
 
 
 class KMeans(nn.Module):
@@ -896,7 +902,7 @@ class KMeans(nn.Module):
         rows = [int(torch.randint(len(y), (), generator=generator))]
         nearest = torch.full((len(y),), math.inf)
         while len(rows) < clusters:                   # each next one with probability ~ squared distance
-            nearest = torch.minimum(nearest, (y - y[rows[-1]]).square().sum(1))
+            nearest = torch.minimum(nearest, torch.cdist(y, y[rows[-1:]], compute_mode=EXACT)[:, 0].square())
             edges = nearest.double().cumsum(0)
             drawn = torch.rand((), generator=generator, dtype=torch.float64) * edges[-1]
             rows.append(min(int(torch.searchsorted(edges, drawn, right=True)), len(y) - 1))
@@ -908,7 +914,8 @@ class KMeans(nn.Module):
                 break
             labels, sums = found, torch.zeros(clusters, y.shape[1], dtype=torch.float64)
             counts = torch.bincount(labels, minlength=clusters)
-            sums.index_add_(0, labels, y.double())
+            for part, where in zip(y.split(8192), labels.split(8192)):
+                sums.index_add_(0, where, part.double())
             self.centres.copy_(sums / counts.clip(min=1)[:, None])
             for empty, row in zip((counts == 0).nonzero().flatten(), distances.argsort(descending=True)):
                 self.centres[empty] = y[row]
@@ -920,7 +927,8 @@ class KMeans(nn.Module):
         return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
     def transform(self, y):
-        return F.one_hot(self.assign(y)[1], len(self.centres)).float()
+        nearest = torch.cdist(y.float(), self.centres, compute_mode=EXACT).argmin(1)
+        return F.one_hot(nearest, len(self.centres)).float()
 
 
 class Reduced(nn.Module):
