@@ -140,7 +140,8 @@ class Diffusion:
         if self.images.latents is not None:
             draws["latent"] = torch.randn_like(draws["noise"])
         if self.config.y_dropout:
-            draws["keep"] = (torch.rand(len(rows), 1) >= self.config.y_dropout).float().to(self.device)
+            keep = torch.rand(len(rows), 1) >= self.config.y_dropout
+            draws["keep"] = twosdm.send(keep.float(), self.device)
         return draws
 
     def condition(self, rows):

@@ -1345,12 +1345,11 @@ class Augment:
 
         device = images.device
         for bit, dim in ((x_flip, 3), (y_flip, 2)):
-            images = torch.where(bit.to(device)[:, None, None, None] > 0, images.flip(dim), images)
+            images = torch.where(send(bit, device)[:, None, None, None] > 0, images.flip(dim), images)
         if len(rows):
-            inverse, offset, rows_there = (t.to(device)
-                                           for t in (inverse[rows], offset[rows], rows))
+            inverse, offset, rows_there = (send(t, device) for t in (inverse[rows], offset[rows], rows))
             images = images.index_copy(0, rows_there, resample(images[rows_there], inverse, offset))
-        return images, labels.to(device)
+        return images, send(labels, device)
 
 
 def rotation(angle):
@@ -1408,19 +1407,25 @@ def filters(size, device):
 LATENT_MEAN, LATENT_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
 
 
+@functools.lru_cache(maxsize=16)
+def latent_scale(device):
+    """LATENT_MEAN and LATENT_STD, each (C, 1, 1); kept, because a GPU is waited for to copy them there."""
+    return tuple(torch.tensor(n, device=device)[:, None, None] for n in (LATENT_MEAN, LATENT_STD))
+
+
 def normalise_latent(moments, noise):
     """Moments (B, 2C, r, r) as `Autoencoder.encode` gives them, unit Gaussian noise (B, C, r, r) -> a latent.
 
     A sample mean + std·noise, brought to mean 0 and deviation 0.5 per channel, as sigma_data = 0.5 expects.
     """
     mean, std = moments.float().chunk(2, dim=1)                                           # (B, C, r, r)
-    centre, spread = (torch.tensor(n, device=mean.device)[:, None, None] for n in (LATENT_MEAN, LATENT_STD))
+    centre, spread = latent_scale(mean.device)
     return (mean + std * noise - centre) / spread * 0.5
 
 
 def denormalise_latent(z):
     """(B, C, r, r) -> the sample in the autoencoder's own units that `normalise_latent` brought to z."""
-    centre, spread = (torch.tensor(n, device=z.device)[:, None, None] for n in (LATENT_MEAN, LATENT_STD))
+    centre, spread = latent_scale(z.device)
     return z.float() / 0.5 * spread + centre
 
 
