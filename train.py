@@ -162,22 +162,26 @@ class Diffusion:
 
     def loss(self, rows, draws):
         """(B,) rows -> loss (B,) and sigma (B,)."""
-        a = self.condition(rows)
+        cond = self.condition(rows)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):     # only networks round
+            x, y, label = self.example(rows, draws)
+        if self.config.stage == "prior":
+            x = y
+        else:
+            cond = twosdm.join(y * draws["keep"] if "keep" in draws and y is not None else y, cond)
+        loss = self.denoiser.loss(x, cond, label if self.augment else None, (draws["sigma"], draws["noise"]))
+        return loss, draws["sigma"]
+
+    def example(self, rows, draws):
+        """x, for the prior None; y, or None for no embedder; the labels of augmentation."""
         if self.config.stage == "prior":
             entry = draws["view"].numpy() % self.views * len(self.images) + rows
             y, label = twosdm.take(self.bank, entry, self.device).tensor_split([-9], 1)
-            x, cond = self.reduce(y), a
-        else:
-            x, label = self.pictures(rows, draws)
-            y = None
-            if self.bank is not None:
-                y = self.reduce(twosdm.take(self.bank, rows, self.device)[:, :-9])
-            elif self.embedder is not None:
-                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):    # as the bank's
-                    y = self.embedder(x)
-            cond = twosdm.join(y * draws["keep"] if "keep" in draws and y is not None else y, a)
-        loss = self.denoiser.loss(x, cond, label if self.augment else None, (draws["sigma"], draws["noise"]))
-        return loss, draws["sigma"]
+            return None, self.reduce(y), label
+        x, label = self.pictures(rows, draws)
+        if self.bank is not None:
+            return x, self.reduce(twosdm.take(self.bank, rows, self.device)[:, :-9]), label
+        return x, self.embedder(x) if self.embedder is not None else None, label
 
     def finish(self, module):
         return {}
@@ -231,7 +235,7 @@ class Joint(Diffusion):
 
     def loss(self, rows, draws):
         a, (x, label) = self.condition(rows), self.pictures(rows, draws)
-        y = self.module["embedder"](x)
+        y = self.module["embedder"](x).float()        # not bf16, as it is what the prior is to predict
         prior = self.module["prior"].loss(y, a, label, (draws["prior_sigma"], draws["prior_noise"]))
         image = self.denoiser.loss(x, twosdm.join(y, a), label, (draws["sigma"], draws["noise"]))
         return prior + image, draws["sigma"]
