@@ -260,8 +260,11 @@ def train(config, device):
     folder = run_folder(config)
     path, identity = folder / "checkpoint.pt", identify(config)
     checkpoint = twosdm.load_checkpoint(path, stage=config.stage) if path.exists() else None
+    twosdm.gather(None)                               # no process writes before all have read
     if checkpoint:
         same_run(checkpoint, identity, path)
+    if config.batch < twosdm.processes():
+        raise UserError(f"--batch {config.batch} cannot be shared by {twosdm.processes()} processes")
     autoencoder = twosdm.Autoencoder(config.vae).to(device) if config.vae else None
     images = twosdm.load_images(config, autoencoder)
     if checkpoint and checkpoint["fingerprints"]["images"] != images.fingerprint:
@@ -294,6 +297,7 @@ def train(config, device):
         ema.net.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         seen, seconds = checkpoint["seen"], checkpoint["seconds"]
+        checkpoint = None                             # gigabytes, for the largest networks
 
     # The processes of torchrun share each batch; all but the first are silent and write nothing. The
     # contrastive loss compares all examples of a batch: it cannot be split, and each process trains it alone.
@@ -342,7 +346,7 @@ def train(config, device):
             ema.update(module, seen, config.batch)
             seen, seconds = seen + config.batch, seconds + time.perf_counter() - began
             bar.update(config.batch)
-            last, stopped = seen >= config.images, stop(seen // config.batch)
+            last, stopped = seen >= config.images, stop(seen // config.batch, seen >= config.images)
             extra = job.finish(ema.net) if last else {}
             if due(seen, config.batch, config.log) or last:
                 meter.write(first and folder / "log.jsonl", team, seen, seconds, bar, extra)
@@ -520,11 +524,11 @@ class Stop:
     def __init__(self, team):
         self.team = team
 
-    def __call__(self, step):
-        """Whether to stop after this step; several processes agree on that in every eighth."""
+    def __call__(self, step, last):
+        """Whether to stop after this step; several processes agree on that in every eighth and the last."""
         if self.team == 1:
             return self.asked
-        return step % 8 == 0 and any(twosdm.gather(self.asked))
+        return (step % 8 == 0 or last) and any(twosdm.gather(self.asked))
 
     def __enter__(self):
         self.asked, self.before = False, [signal.signal(number, self.ask) for number in self.signals]

@@ -1683,6 +1683,9 @@ def run(main):
         print("\nstopped: the same command goes on from what is finished", file=sys.stderr)
     except BrokenPipeError:                           # as in `python evaluate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception:                                 # of a silenced process, too, it must be seen
+        sys.stderr = stderr
+        raise
     if processes() > 1 and torch.distributed.is_initialized() and code == 0:
         torch.distributed.destroy_process_group()
     sys.exit(code)
