@@ -213,11 +213,9 @@ class Joint(Diffusion):
 
     def build(self, a_dim):
         c = self.config
-        if c.embedder == "pixels" or c.vae:
-            raise UserError("--stage joint trains an embedder of images: --embedder clip or shapes, without --vae")
-        embedder = twosdm.SmallClip() if c.embedder == "shapes" else twosdm.ClipEmbedder(None)
-        embedder.requires_grad_(False)                # their text side stays as it is
-        (embedder.image if c.embedder == "shapes" else embedder.model.visual).requires_grad_(True)
+        embedder = untrained(c)
+        embedder.requires_grad_(False)                # the text side stays as it is
+        image_tower(embedder).requires_grad_(True)
         recipe = {stage: network(dataclasses.replace(c, stage=stage), embedder.dim, a_dim, self.images.shape)
                   for stage in ("prior", "image")}
         module = nn.ModuleDict({stage: twosdm.build_denoiser(part) for stage, part in recipe.items()})
@@ -242,6 +240,15 @@ class Joint(Diffusion):
 
     def samples(self, module, rows, seeds, sampler):
         return twosdm.sample_two_stage(module["prior"], module["image"], seeds, self.condition(rows), sampler)
+
+
+def untrained(config):
+    """The embedder that the joint stage starts from: CLIP, or the shapes' small CLIP, with random weights."""
+    return twosdm.SmallClip() if config.embedder == "shapes" else twosdm.ClipEmbedder(None)
+
+
+def image_tower(embedder):
+    return embedder.image if embedder.name == "shapes" else embedder.model.visual
 
 
 class Loss(nn.Module):
@@ -603,11 +610,18 @@ def describe(config, changes):
     if config.stage == "embedder":
         module = twosdm.SmallClip()
     else:
-        y_dim = 0 if config.stage == "baseline" else dict(clip=512, pixels=64, shapes=64)[config.embedder]
-        side = config.resolution
+        side, joint = config.resolution, config.stage == "joint"
+        y_dim = dict(clip=512, pixels=min(64, 3 * min(side, 32)**2), shapes=64)[config.embedder]
+        a_dim = y_dim if config.a == "text" else count_classes(config)
+        if config.y != "clip":
+            y_dim = int(config.y.partition(":")[2] or 0) if config.y != "kmeans:1" else 0
+        y_dim = 0 if config.stage == "baseline" else y_dim
+        shape = (4, side // 8, side // 8) if config.vae else (3, side, side)
+        module = nn.ModuleList([image_tower(untrained(config))] if joint else [])
         with torch.device("meta"):
-            module = twosdm.build_denoiser(network(
-                config, y_dim, count_classes(config), (4, side // 8, side // 8) if config.vae else (3, side, side)))
+            for stage in ("prior", "image") if joint else (config.stage,):
+                module.append(twosdm.build_denoiser(network(
+                    dataclasses.replace(config, stage=stage), y_dim, a_dim, shape)))
     whence = twosdm.sources(config.dataset, config.stage, **changes)
     if config.short:
         for name in set(twosdm.SCALED) - changes.keys():

@@ -271,11 +271,17 @@ def configure(dataset="shapes", stage="image", **changes):
         raise UserError(f"--tag {config.tag}: give letters, digits, dots and underscores alone")
     if config.vae and config.augment:
         raise UserError("--vae has latents of images as they are: --augment 0")
-    if not re.fullmatch(r"clip|none|pca:\d+|kmeans:[1-9]\d*", config.y):
+    if not re.fullmatch(r"clip|none|pca:(0|[1-9]\d*)|kmeans:[1-9]\d*", config.y):
         raise UserError(f"--y {config.y} is unknown: choose clip, pca:D, kmeans:K (such as pca:32) or none")
-    if config.a == "text" and (dataset != "shapes" or stage == "image"):
-        raise UserError("--a text is for the prior of shapes: captions are nowhere else, and the image model "
-                        "learns of them through y")
+    if config.a == "text" and (dataset != "shapes" or stage != "prior"):
+        raise UserError("--a text is for --stage prior of shapes: captions are nowhere else, and the image "
+                        "model learns of them through y")
+    if config.y_dropout and config.y in ("none", "pca:0", "kmeans:1"):
+        raise UserError(f"--y {config.y} leaves --y-dropout nothing to drop: leave one of them away")
+    if stage == "joint" and (config.y != "clip" or config.y_dropout):
+        raise UserError("--stage joint learns y with the rest: leave --y and --y-dropout away")
+    if stage == "joint" and (config.embedder == "pixels" or config.vae):
+        raise UserError("--stage joint trains an embedder of images: --embedder clip or shapes, no --vae")
     if config.y.startswith("kmeans") and config.a != "none":
         raise UserError("--y kmeans draws clusters regardless of a: --a none")
     return config
