@@ -393,7 +393,9 @@ def identify(config):
     foreign = [name for name in fixed if (name in unet and config.stage in ("prior", "embedder"))
                or (name.startswith("prior_") and config.stage not in ("prior", "joint"))
                or (name == "y_dropout" and config.stage != "image")
-               or (name in ("embedder", "views") and config.stage == "baseline")
+               or (name == "embedder" and config.stage == "baseline")
+               or (name == "views" and config.stage != "prior")
+               or (name in ("a", "augment") and config.stage == "embedder")
                or (name == "y" and config.stage not in ("prior", "image"))]
     return {name: getattr(config, name) for name in fixed if name not in foreign}
 

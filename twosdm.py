@@ -294,7 +294,9 @@ def run_name(stage, y="clip", a="none", tag=""):
         parts.append(y.replace(":", ""))
     if stage == "prior" and a == "text":
         parts.append("text")
-    return "-".join(parts + [tag] * bool(tag))
+    if stage != "embedder" and tag:                   # variants share what y is
+        parts.append(tag)
+    return "-".join(parts)
 
 
 def count(text):
