@@ -68,6 +68,9 @@ class Pipeline:
         if self.text != (args.prompt is not None):
             raise UserError("--prompt needs a prior that knows captions, and such a prior needs a --prompt: "
                             "python train.py --stage prior --a text")
+        if self.text and saved["a"] != "none":
+            raise UserError(f"{files['image']} was trained with classes, of which captions know nothing: "
+                            f"train it with --a none")
         if not self.text and any(c["config"]["a"] != saved["a"] for c in self.checkpoints.values()):
             raise UserError(f"one of {' and '.join(map(str, files.values()))} was trained with classes and "
                             f"the other without: train both with the same --a")
@@ -76,7 +79,7 @@ class Pipeline:
         self.sampler = twosdm.Sampler(steps, churn, s_noise=s_noise)
         self.image_sampler = twosdm.Sampler(args.image_steps or steps, churn, s_noise=s_noise,
                                             guidance=args.guidance)
-        if args.guidance != 1 and not saved.get("y_dropout"):
+        if args.guidance != 1 and not (self.main["stage"] == "image" and saved.get("y_dropout")):
             raise UserError("--guidance needs an image model that sometimes was not told y: train.py --stage "
                             "image --y-dropout 0.1 --tag guided, then --checkpoint .../image-guided/checkpoint.pt")
         self.classes = len(self.data["classes"]) if saved["a"] == "class" else 0
@@ -139,7 +142,8 @@ class Pipeline:
         """Stage 1: (B,) seeds -> y (B, D) and a (B, A), either of them None if the method has none."""
         a, y = self.labels(seeds) if self.classes else None, None
         if self.text:
-            a = self.embedder.text_condition([self.args.prompt]).expand(len(seeds), -1)
+            clip = getattr(self.embedder, "inner", self.embedder)                     # beneath a PCA
+            a = clip.text_condition([self.args.prompt]).expand(len(seeds), -1)
         if self.method == "oracle":
             rows = self.items(seeds)
             if self.classes:

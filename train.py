@@ -292,7 +292,7 @@ def train(config, device):
                      np.bincount(images.labels, minlength=len(images.classes)).tolist())
     module = job.module.to(device).train()
     if config.init_from and not checkpoint and config.stage in twosdm.IMAGE:
-        twosdm.init_from_edm(module, config.init_from, job.classes)
+        twosdm.init_from_edm(job.denoiser, config.init_from, job.classes)
     ema = twosdm.EMA(module, config.ema_half_life, config.ema_ramp)
     optimizer = torch.optim.Adam(module.parameters(), lr=config.lr, fused=device.type == "cuda", **ADAM)
     seen, seconds = 0, 0.0
