@@ -105,15 +105,18 @@ class Diffusion:
                               if isinstance(embedder, twosdm.Reduced) else (embedder, lambda y: y))
         if embedder is not None and (config.stage == "prior" or not self.augment):
             bank = twosdm.embedding_bank(images, inner, folder, self.augment, config.views, config.seed, device)
-            rms = np.sqrt(np.square(bank[0, :1000, :-9]).mean())
-            note = "" if 0.2 < rms < 1.2 else ": far from sigma_data = 0.5, expect poor samples"
+            some = torch.from_numpy(bank[0, :1000, :-9].copy()).to(device)
+            rms = self.reduce(some).square().mean().sqrt().item()
+            note = "" if 0.2 < rms < 1.2 or config.stage != "prior" else (
+                ": far from sigma_data = 0.5, expect poor samples")
             print(f"the embedding's elements have rms {rms:.2f}{note}")
             self.views, self.bank = len(bank), twosdm.hold(bank.reshape(-1, bank.shape[-1]), device)
         self.captions = None
         if config.a == "text":                        # unCLIP: the prior learns p(y | caption)
             self.captions = caption_embeddings(inner, config, len(images))
         if config.stage == "prior":                   # about which sample.py --temperature contracts
-            self.more["y_mean"] = self.reduce(torch.from_numpy(bank[0, :, :-9].mean(0, keepdims=True)).to(device))[0]
+            mean = bank[0, :, :-9].mean(0, keepdims=True, dtype=np.float64).astype(np.float32)
+            self.more["y_mean"] = self.reduce(torch.from_numpy(mean).to(device))[0]
         if config.stage != "prior":
             kind = "pixels" if images.latents is None else "latents"
             self.images = dataclasses.replace(images, **{kind: twosdm.hold(getattr(images, kind), device)})
@@ -197,7 +200,6 @@ class Diffusion:
             x = x if self.autoencoder is None else self.autoencoder.decode(x)
         pixels = twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
         twosdm.save_picture(path, twosdm.image_grid(pixels, side), least=512)
-
 
     def samples(self, module, rows, seeds, sampler):
         y = self.embedder(self.images.batch(rows, self.device)) if self.embedder is not None else None
