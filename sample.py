@@ -212,12 +212,14 @@ def split_joint(checkpoint):
 
 def find_run(args, stage):
     """The newest checkpoint of a stage below args.runs, of args.dataset if it is given."""
-    stage = twosdm.run_name(stage, args.y, "none" if args.prompt is None else "text")
-    found = list(Path(args.runs).glob(f"{args.dataset or '*'}/{stage}/checkpoint.pt"))
+    text = args.prompt is not None and stage == "prior"
+    name = twosdm.run_name(stage, args.y, "text" if text else "none")
+    found = list(Path(args.runs).glob(f"{args.dataset or '*'}/{name}/checkpoint.pt"))
     if not found:
         where = f"--dataset {args.dataset}" if args.dataset else "any data set"
-        raise UserError(f"{args.runs} has no trained '{stage}' of {where}: run python train.py first (for "
-                        f"this alone: --stage {stage}), or say where the runs are with --runs")
+        flags = stage + f" --y {args.y}" * (stage in ("prior", "image") and args.y != "clip") + " --a text" * text
+        raise UserError(f"{args.runs} has no trained '{name}' of {where}: run python train.py first (for "
+                        f"this alone: --stage {flags}), or say where the runs are with --runs")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 

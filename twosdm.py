@@ -1263,9 +1263,10 @@ def load_images(config, autoencoder=None):
     if not 0 < config.limit < len(images):
         return images
     rows = np.sort(np.random.RandomState(config.seed).permutation(len(images))[:config.limit])
-    latents = None if images.latents is None else images.latents[rows]
-    return Images(images.pixels[rows], None if images.labels is None else images.labels[rows], images.classes,
-                  dict(sha256=hashlib.sha256(images.fingerprint.encode() + rows.tobytes()).hexdigest()), latents)
+    digest = hashlib.sha256(images.fingerprint.encode() + rows.tobytes()).hexdigest()
+    pixels = images.pixels.subset(rows) if isinstance(images.pixels, LazyPixels) else images.pixels[rows]
+    labels, latents = (None if part is None else part[rows] for part in (images.labels, images.latents))
+    return Images(pixels, labels, images.classes, dict(sha256=digest), latents)
 
 
 def load_all_images(config, autoencoder=None):
@@ -1919,6 +1920,12 @@ class LazyPixels:
 
     def __len__(self):
         return len(self.rows)
+
+    def subset(self, rows):
+        """pixels[rows], still unread."""
+        some = copy.copy(self)
+        some.rows, some.shape = self.rows[rows], (len(rows), *self.shape[1:])
+        return some
 
     def __getitem__(self, rows):
         rows = self.rows[rows]

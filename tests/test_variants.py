@@ -489,6 +489,18 @@ def test_a_limit_takes_that_many_rows_the_same_each_time(tmp_path):
     assert some.classes == whole.classes == ["class0", "class1", "class2"]
 
 
+def test_a_limit_of_images_beside_latents_leaves_them_unread(tmp_path, monkeypatch):
+    for i in range(6):
+        Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    pixels = twosdm.LazyPixels(tmp_path, twosdm.list_images(tmp_path)[0], [], 8)
+    latents = np.arange(6, dtype=np.float32)[:, None, None, None]
+    whole = twosdm.Images(pixels, None, [], dict(sha256="0"), latents)
+    monkeypatch.setattr(twosdm, "load_all_images", lambda config, autoencoder: whole)
+    some = twosdm.load_images(twosdm.TrainConfig(limit=4))
+    assert isinstance(some.pixels, twosdm.LazyPixels) and len(some) == 4 and len(whole) == 6
+    assert np.array_equal(some.pixels[np.arange(4)][:, 0, 0, 0], 20 * some.latents.ravel())
+
+
 def test_a_limit_of_shapes_is_the_first_of_them(runs, mine):
     few = twosdm.load_images(twosdm.configure("shapes", **TINY, limit=10))
     assert len(few) == 10 and np.array_equal(few.pixels, twosdm.shapes_world(torch.arange(48), 8).pixels[:10])
@@ -540,15 +552,17 @@ def test_a_run_keeps_the_settings_that_shape_it_and_no_others():
     ("--stage image --y none --y-dropout 0.1", "--y-dropout"),
     ("--y-dropout 1.5", "--y-dropout"), ("--tag a/b", "--tag"), ("--limit -1", "--limit"),
     ("--recipe nobody", "--recipe"), ("--prior-predicts noise", "--prior-predicts")])
-def test_nonsense_gets_one_sentence(mine, call, flags, words):
-    result = call(train, *FLAGS, "--images", 8, "--runs", mine, *flags.split(), cwd=mine.parent)
+def test_nonsense_gets_one_sentence(runs, call, tmp_path, flags, words):
+    result = call(train, *FLAGS, "--images", 8, "--runs", runs, *flags.split(), cwd=tmp_path)
     refused(result, *words.split())
 
 
 def test_sampling_refuses_what_does_not_fit(runs, call, tmp_path):
     at = ["--runs", runs, "--n", 1]
     for flags, words in (("--guidance 2", "--y-dropout"), ("--guidance -1", "--guidance"),
-                         ("--prompt star --method baseline", "--a text"), ("--y pca:5", "pca5"),
+                         ("--prompt star --method baseline", "--a text"),
+                         ("--y pca:5", "--stage prior --y pca:5)"),
+                         ("--y pca:5 --prompt star", "--stage prior --y pca:5 --a text)"),
                          ("--temperature -1", "--temperature"),
                          ("--temperature 0.5 --method joint", "--temperature")):
         refused(call(sample, *at, *flags.split(), cwd=tmp_path), words)
