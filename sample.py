@@ -35,9 +35,7 @@ METHODS = {"2sdm": ("prior", "image"), "oracle": ("image",), "baseline": ("basel
 
 def stages(method, y):
     """The runs that a method needs. Clusters are drawn by their frequency, without a prior: Class-cond."""
-    if method == "2sdm" and (y.startswith("kmeans") or y in ("none", "pca:0")):
-        return ("image",)
-    return METHODS[method]
+    return ("image",) if method == "2sdm" and not twosdm.has_prior(y) else METHODS[method]
 
 
 class Pipeline:
@@ -75,6 +73,9 @@ class Pipeline:
         if self.text != (args.prompt is not None):
             raise UserError("--prompt needs a prior that knows captions, and such a prior needs a --prompt: "
                             "python train.py --stage prior --a text")
+        if self.text and saved["a"] != "none":
+            raise UserError(f"{files['image']} was trained with classes, of which captions know nothing: "
+                            f"train it with --a none")
         if not self.text and any(c["config"]["a"] != saved["a"] for c in self.checkpoints.values()):
             raise UserError(f"one of {' and '.join(map(str, files.values()))} was trained with classes and "
                             f"the other without: train both with the same --a")
@@ -83,7 +84,7 @@ class Pipeline:
         self.sampler = twosdm.Sampler(steps, churn, s_noise=s_noise)
         self.image_sampler = twosdm.Sampler(args.image_steps or steps, churn, s_noise=s_noise,
                                             guidance=args.guidance)
-        if args.guidance != 1 and not saved.get("y_dropout"):
+        if args.guidance != 1 and not (self.main["stage"] == "image" and saved.get("y_dropout")):
             raise UserError("--guidance needs an image model that sometimes was not told y: train.py --stage "
                             "image --y-dropout 0.1 --tag guided, then --checkpoint .../image-guided/checkpoint.pt")
         self.classes = len(self.data["classes"]) if saved["a"] == "class" else 0
@@ -156,7 +157,8 @@ class Pipeline:
         items = seeds if way is None else [seeds[0]] * len(way)
         a, y = self.labels(items) if self.classes else None, None
         if self.text:
-            a = self.embedder.text_condition([self.args.prompt]).expand(len(items), -1)
+            clip = getattr(self.embedder, "inner", self.embedder)                     # beneath a PCA
+            a = clip.text_condition([self.args.prompt]).expand(len(items), -1)
         if self.method == "oracle":
             rows = self.items(seeds)
             if self.classes:
@@ -225,12 +227,14 @@ def split_joint(checkpoint):
 
 def find_run(args, stage):
     """The newest checkpoint of a stage below args.runs, of args.dataset if it is given."""
-    stage = twosdm.run_name(stage, args.y, "none" if args.prompt is None else "text")
-    found = list(Path(args.runs).glob(f"{args.dataset or '*'}/{stage}/checkpoint.pt"))
+    text = args.prompt is not None and stage == "prior"
+    name = twosdm.run_name(stage, args.y, "text" if text else "none")
+    found = list(Path(args.runs).glob(f"{args.dataset or '*'}/{name}/checkpoint.pt"))
     if not found:
         where = f"--dataset {args.dataset}" if args.dataset else "any data set"
-        raise UserError(f"{args.runs} has no trained '{stage}' of {where}: run python train.py first (for "
-                        f"this alone: --stage {stage}), or say where the runs are with --runs")
+        flags = stage + f" --y {args.y}" * (stage in ("prior", "image") and args.y != "clip") + " --a text" * text
+        raise UserError(f"{args.runs} has no trained '{name}' of {where}: run python train.py first (for "
+                        f"this alone: --stage {flags}), or say where the runs are with --runs")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 

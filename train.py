@@ -105,15 +105,18 @@ class Diffusion:
                               if isinstance(embedder, twosdm.Reduced) else (embedder, lambda y: y))
         if embedder is not None and (config.stage == "prior" or not self.augment):
             bank = twosdm.embedding_bank(images, inner, folder, self.augment, config.views, config.seed, device)
-            rms = np.sqrt(np.square(bank[0, :1000, :-9]).mean())
-            note = "" if 0.2 < rms < 1.2 else ": far from sigma_data = 0.5, expect poor samples"
+            some = torch.from_numpy(bank[0, :1000, :-9].copy()).to(device)
+            rms = self.reduce(some).square().mean().sqrt().item()
+            note = "" if 0.2 < rms < 1.2 or config.stage != "prior" else (
+                ": far from sigma_data = 0.5, expect poor samples")
             print(f"the embedding's elements have rms {rms:.2f}{note}")
             self.views, self.bank = len(bank), twosdm.hold(bank.reshape(-1, bank.shape[-1]), device)
         self.captions = None
         if config.a == "text":                        # unCLIP: the prior learns p(y | caption)
             self.captions = caption_embeddings(inner, config, len(images))
         if config.stage == "prior":                   # about which sample.py --temperature contracts
-            self.more["y_mean"] = self.reduce(torch.from_numpy(bank[0, :, :-9].mean(0, keepdims=True)).to(device))[0]
+            mean = bank[0, :, :-9].mean(0, keepdims=True, dtype=np.float64).astype(np.float32)
+            self.more["y_mean"] = self.reduce(torch.from_numpy(mean).to(device))[0]
         if config.stage != "prior":
             kind = "pixels" if images.latents is None else "latents"
             self.images = dataclasses.replace(images, **{kind: twosdm.hold(getattr(images, kind), device)})
@@ -140,7 +143,8 @@ class Diffusion:
         if self.images.latents is not None:
             draws["latent"] = torch.randn_like(draws["noise"])
         if self.config.y_dropout:
-            draws["keep"] = (torch.rand(len(rows), 1) >= self.config.y_dropout).float().to(self.device)
+            keep = torch.rand(len(rows), 1) >= self.config.y_dropout
+            draws["keep"] = twosdm.send(keep.float(), self.device)
         return draws
 
     def condition(self, rows):
@@ -161,22 +165,26 @@ class Diffusion:
 
     def loss(self, rows, draws):
         """(B,) rows -> loss (B,) and sigma (B,)."""
-        a = self.condition(rows)
+        cond = self.condition(rows)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):     # only networks round
+            x, y, label = self.example(rows, draws)
+        if self.config.stage == "prior":
+            x = y
+        else:
+            cond = twosdm.join(y * draws["keep"] if "keep" in draws and y is not None else y, cond)
+        loss = self.denoiser.loss(x, cond, label if self.augment else None, (draws["sigma"], draws["noise"]))
+        return loss, draws["sigma"]
+
+    def example(self, rows, draws):
+        """x, for the prior None; y, or None for no embedder; the labels of augmentation."""
         if self.config.stage == "prior":
             entry = draws["view"].numpy() % self.views * len(self.images) + rows
             y, label = twosdm.take(self.bank, entry, self.device).tensor_split([-9], 1)
-            x, cond = self.reduce(y), a
-        else:
-            x, label = self.pictures(rows, draws)
-            y = None
-            if self.bank is not None:
-                y = self.reduce(twosdm.take(self.bank, rows, self.device)[:, :-9])
-            elif self.embedder is not None:
-                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):    # as the bank's
-                    y = self.embedder(x)
-            cond = twosdm.join(y * draws["keep"] if "keep" in draws and y is not None else y, a)
-        loss = self.denoiser.loss(x, cond, label if self.augment else None, (draws["sigma"], draws["noise"]))
-        return loss, draws["sigma"]
+            return None, self.reduce(y), label
+        x, label = self.pictures(rows, draws)
+        if self.bank is not None:
+            return x, self.reduce(twosdm.take(self.bank, rows, self.device)[:, :-9]), label
+        return x, self.embedder(x) if self.embedder is not None else None, label
 
     def finish(self, module):
         return {}
@@ -193,7 +201,6 @@ class Diffusion:
         pixels = twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
         twosdm.save_picture(path, twosdm.image_grid(pixels, side), least=512)
 
-
     def samples(self, module, rows, seeds, sampler):
         y = self.embedder(self.images.batch(rows, self.device)) if self.embedder is not None else None
         return twosdm.sample_images(module, seeds, y, self.condition(rows), sampler)
@@ -208,11 +215,9 @@ class Joint(Diffusion):
 
     def build(self, a_dim):
         c = self.config
-        if c.embedder == "pixels" or c.vae:
-            raise UserError("--stage joint trains an embedder of images: --embedder clip or shapes, without --vae")
-        embedder = twosdm.SmallClip() if c.embedder == "shapes" else twosdm.ClipEmbedder(None)
-        embedder.requires_grad_(False)                # their text side stays as it is
-        (embedder.image if c.embedder == "shapes" else embedder.model.visual).requires_grad_(True)
+        embedder = untrained(c)
+        embedder.requires_grad_(False)                # the text side stays as it is
+        image_tower(embedder).requires_grad_(True)
         recipe = {stage: network(dataclasses.replace(c, stage=stage), embedder.dim, a_dim, self.images.shape)
                   for stage in ("prior", "image")}
         module = nn.ModuleDict({stage: twosdm.build_denoiser(part) for stage, part in recipe.items()})
@@ -230,13 +235,22 @@ class Joint(Diffusion):
 
     def loss(self, rows, draws):
         a, (x, label) = self.condition(rows), self.pictures(rows, draws)
-        y = self.module["embedder"](x)
+        y = self.module["embedder"](x).float()        # not bf16, as it is what the prior is to predict
         prior = self.module["prior"].loss(y, a, label, (draws["prior_sigma"], draws["prior_noise"]))
         image = self.denoiser.loss(x, twosdm.join(y, a), label, (draws["sigma"], draws["noise"]))
         return prior + image, draws["sigma"]
 
     def samples(self, module, rows, seeds, sampler):
         return twosdm.sample_two_stage(module["prior"], module["image"], seeds, self.condition(rows), sampler)
+
+
+def untrained(config):
+    """The embedder that the joint stage starts from: CLIP, or the shapes' small CLIP, with random weights."""
+    return twosdm.SmallClip() if config.embedder == "shapes" else twosdm.ClipEmbedder(None)
+
+
+def image_tower(embedder):
+    return embedder.image if embedder.name == "shapes" else embedder.model.visual
 
 
 class Loss(nn.Module):
@@ -255,8 +269,11 @@ def train(config, device):
     folder = run_folder(config)
     path, identity = folder / "checkpoint.pt", identify(config)
     checkpoint = twosdm.load_checkpoint(path, stage=config.stage) if path.exists() else None
+    twosdm.gather(None)                               # no process writes before all have read
     if checkpoint:
         same_run(checkpoint, identity, path)
+    if config.batch < twosdm.processes():
+        raise UserError(f"--batch {config.batch} cannot be shared by {twosdm.processes()} processes")
     autoencoder = twosdm.Autoencoder(config.vae).to(device) if config.vae else None
     images = twosdm.load_images(config, autoencoder)
     if checkpoint and checkpoint["fingerprints"]["images"] != images.fingerprint:
@@ -277,7 +294,7 @@ def train(config, device):
                      np.bincount(images.labels, minlength=len(images.classes)).tolist())
     module = job.module.to(device).train()
     if config.init_from and not checkpoint and config.stage in twosdm.IMAGE:
-        twosdm.init_from_edm(module, config.init_from, job.classes)
+        twosdm.init_from_edm(job.denoiser, config.init_from, job.classes)
     ema = twosdm.EMA(module, config.ema_half_life, config.ema_ramp)
     optimizer = torch.optim.Adam(module.parameters(), lr=config.lr, fused=device.type != "mps", **ADAM)
     seen, seconds = 0, 0.0
@@ -289,6 +306,7 @@ def train(config, device):
         ema.net.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         seen, seconds = checkpoint["seen"], checkpoint["seconds"]
+        checkpoint = None                             # gigabytes, for the largest networks
 
     # The processes of torchrun share each batch; all but the first are silent and write nothing. The
     # contrastive loss compares all examples of a batch: it cannot be split, and each process trains it alone.
@@ -337,7 +355,7 @@ def train(config, device):
             ema.update(module, seen, config.batch)
             seen, seconds = seen + config.batch, seconds + time.perf_counter() - began
             bar.update(config.batch)
-            last, stopped = seen >= config.images, stop(seen // config.batch)
+            last, stopped = seen >= config.images, stop(seen // config.batch, seen >= config.images)
             extra = job.finish(ema.net) if last else {}
             if due(seen, config.batch, config.log) or last:
                 meter.write(first and folder / "log.jsonl", team, seen, seconds, bar, extra)
@@ -377,7 +395,9 @@ def identify(config):
     foreign = [name for name in fixed if (name in unet and config.stage in ("prior", "embedder"))
                or (name.startswith("prior_") and config.stage not in ("prior", "joint"))
                or (name == "y_dropout" and config.stage != "image")
-               or (name in ("embedder", "views") and config.stage == "baseline")
+               or (name == "embedder" and config.stage == "baseline")
+               or (name == "views" and config.stage != "prior")
+               or (name in ("a", "augment") and config.stage == "embedder")
                or (name == "y" and config.stage not in ("prior", "image"))]
     return {name: getattr(config, name) for name in fixed if name not in foreign}
 
@@ -394,14 +414,9 @@ def same_run(checkpoint, identity, path):
                         f"use its settings, or keep both by giving another --runs folder")
 
 
-def told_nothing(config):
-    """Whether y is a constant, with which the image model is the baseline."""
-    return config.y in ("none", "pca:0", "kmeans:1")
-
-
 def get_y(config, images, device):
     """The embedder as the image model knows it: whole, reduced by PCA or K-means (fitted once), or None."""
-    if told_nothing(config):
+    if twosdm.told_nothing(config.y):
         return None
     embedder = get_embedder(config, images, device)
     if config.y == "clip":
@@ -520,11 +535,11 @@ class Stop:
     def __init__(self, team):
         self.team = team
 
-    def __call__(self, step):
-        """Whether to stop after this step; several processes agree on that in every eighth."""
+    def __call__(self, step, last):
+        """Whether to stop after this step; several processes agree on that in every eighth and the last."""
         if self.team == 1:
             return self.asked
-        return step % 8 == 0 and any(twosdm.gather(self.asked))
+        return (step % 8 == 0 or last) and any(twosdm.gather(self.asked))
 
     def __enter__(self):
         self.asked, self.before = False, [signal.signal(number, self.ask) for number in self.signals]
@@ -563,7 +578,7 @@ def main():
                for stage in (twosdm.STAGES if known.stage == "all" else (known.stage,))]
     if known.stage == "all" and configs[0].embedder != "shapes":
         configs = configs[1:]                         # nothing to train
-    if configs[0].y.startswith("kmeans") or told_nothing(configs[0]):
+    if not twosdm.has_prior(configs[0].y):
         if known.stage == "prior":
             raise UserError(f"--y {configs[0].y} leaves the prior nothing to learn: clusters are drawn by their "
                             f"frequency")
@@ -596,18 +611,19 @@ def main():
 
 def describe(config, changes):
     """What --dry-run prints of a stage: each setting with its source, and the size of the network, as JSON."""
-    y_dim, a_dim = dict(clip=512, pixels=64, shapes=64)[config.embedder], count_classes(config)
-    if config.stage == "baseline" or told_nothing(config):
+    side, joint = config.resolution, config.stage == "joint"
+    y_dim = dict(clip=512, pixels=min(64, 3 * min(side, 32)**2), shapes=64)[config.embedder]
+    a_dim = y_dim if config.a == "text" else count_classes(config)
+    if config.stage == "baseline" or twosdm.told_nothing(config.y):
         y_dim = 0
     elif ":" in config.y:
         y_dim = int(config.y.split(":")[1])
-    shape = (3, config.resolution, config.resolution)
-    if config.vae:
-        shape = (4, config.resolution // 8, config.resolution // 8)
-    parts = ("prior", "image") if config.stage == "joint" else (config.stage,)
+    shape = (4, side // 8, side // 8) if config.vae else (3, side, side)
+    modules = [image_tower(untrained(config))] if joint else []
     with torch.device("meta"):
-        modules = [twosdm.SmallClip() if stage == "embedder" else twosdm.build_denoiser(
-            network(dataclasses.replace(config, stage=stage), y_dim, a_dim, shape)) for stage in parts]
+        for stage in ("prior", "image") if joint else (config.stage,):
+            modules.append(twosdm.SmallClip() if stage == "embedder" else twosdm.build_denoiser(
+                network(dataclasses.replace(config, stage=stage), y_dim, a_dim, shape)))
     whence = twosdm.sources(config.dataset, config.stage, **changes)
     if config.short:
         for name in set(twosdm.SCALED) - changes.keys():
@@ -620,16 +636,16 @@ def describe(config, changes):
     for name, value in ADAM.items():
         values["adam_" + name], whence["adam_" + name] = value, "EDM"
     values["parameters"] = sum(p.numel() for module in modules for p in module.parameters())
-    whence["parameters"] = "counted, without the embedder" if config.stage == "joint" else "counted"
+    whence["parameters"] = "counted"
     lines = [f'    "{name}": {json.dumps(dict(value=value, source=whence[name]))}'
              for name, value in values.items()]
     return "  {\n" + ",\n".join(lines) + "\n  }"
 
 
 def count_classes(config):
-    """The length of a, without preparing the data to count its classes."""
+    """The number of classes that a configuration uses, without preparing its data."""
     if config.a != "class":
-        return dict(none=0, text=64)[config.a]
+        return 0
     known = {"shapes": len(twosdm.SHAPES), "cifar10": 10, "imagenet-class": 1000, "imagenet-latent": 1000}
     if config.dataset not in known and not config.data:
         raise UserError("--a class: to count the classes add --data FOLDER_OR_ZIP")

@@ -271,14 +271,30 @@ def configure(dataset="shapes", stage="image", **changes):
         raise UserError(f"--tag {config.tag}: give letters, digits, dots and underscores alone")
     if config.vae and config.augment:
         raise UserError("--vae has latents of images as they are: --augment 0")
-    if not re.fullmatch(r"clip|none|pca:\d+|kmeans:[1-9]\d*", config.y):
+    if not re.fullmatch(r"clip|none|pca:(0|[1-9]\d*)|kmeans:[1-9]\d*", config.y):
         raise UserError(f"--y {config.y} is unknown: choose clip, pca:D, kmeans:K (such as pca:32) or none")
-    if config.a == "text" and (dataset != "shapes" or stage == "image"):
-        raise UserError("--a text is for the prior of shapes: captions are nowhere else, and the image model "
-                        "learns of them through y")
+    if config.a == "text" and (dataset != "shapes" or stage != "prior"):
+        raise UserError("--a text is for --stage prior of shapes: captions are nowhere else, and the image "
+                        "model learns of them through y")
+    if config.y_dropout and config.y in ("none", "pca:0", "kmeans:1"):
+        raise UserError(f"--y {config.y} leaves --y-dropout nothing to drop: leave one of them away")
+    if stage == "joint" and (config.y != "clip" or config.y_dropout):
+        raise UserError("--stage joint learns y with the rest: leave --y and --y-dropout away")
+    if stage == "joint" and (config.embedder == "pixels" or config.vae):
+        raise UserError("--stage joint trains an embedder of images: --embedder clip or shapes, no --vae")
     if config.y.startswith("kmeans") and config.a != "none":
         raise UserError("--y kmeans draws clusters regardless of a: --a none")
     return config
+
+
+def told_nothing(y):
+    """Whether y is a constant, with which the image model is the baseline."""
+    return re.fullmatch("none|pca:0+|kmeans:0*1", y) is not None
+
+
+def has_prior(y):
+    """Whether stage 1 is a diffusion model; clusters are drawn by their frequency."""
+    return not (told_nothing(y) or y.startswith("kmeans"))
 
 
 def run_name(stage, y="clip", a="none", tag=""):
@@ -288,7 +304,9 @@ def run_name(stage, y="clip", a="none", tag=""):
         parts.append(y.replace(":", ""))
     if stage == "prior" and a == "text":
         parts.append("text")
-    return "-".join(parts + [tag] * bool(tag))
+    if stage != "embedder" and tag:                   # variants share what y is
+        parts.append(tag)
+    return "-".join(parts)
 
 
 def count(text):
@@ -890,19 +908,25 @@ class PCA(nn.Module):
 
     def __init__(self, y, dims):
         super().__init__()
-        y = torch.as_tensor(y).double()
+        y = torch.as_tensor(y)
         assert 0 < dims <= y.shape[1], (dims, y.shape)
-        self.register_buffer("mean", y.mean(0))
-        centred = y - self.mean
+        mean = y.mean(0, dtype=torch.float64)
         if len(y) < y.shape[1]:                       # few examples: the covariance is large and singular
-            basis = F.pad(torch.linalg.svd(centred, full_matrices=False).Vh.T, (0, y.shape[1] - len(y)))
-        else:
-            basis = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
-        self.register_buffer("basis", basis[:, :dims].contiguous())               # (D, dims), largest first
-        self.variance = (centred @ self.basis).square().mean(0)
+            _, scales, basis = torch.linalg.svd(y - mean, full_matrices=False)
+            basis, scales = (F.pad(t, (0, y.shape[1] - len(y))) for t in (basis.T, scales.square()))
+        else:                                         # in parts: a million rows are gigabytes
+            scales, basis = torch.linalg.eigh(sum((part - mean).T @ (part - mean) for part in y.split(8192)))
+            scales, basis = scales.clip(min=0).flip(0), basis.flip(1)
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("basis", basis[:, :dims].float().contiguous())       # (D, dims), largest first
+        self.variance = (scales[:dims] / len(y)).float()
 
     def transform(self, y):
-        return ((y.double() - self.mean) @ self.basis).float()
+        return (y.float() - self.mean) @ self.basis
+
+
+# Not by a product of matrices, which a GPU may round to TF32; for the many distances of a fit it is faster.
+EXACT = "donot_use_mm_for_euclid_dist"
 
 
 class KMeans(nn.Module):
@@ -919,7 +943,7 @@ class KMeans(nn.Module):
         rows = [int(torch.randint(len(y), (), generator=generator))]
         nearest = torch.full((len(y),), math.inf)
         while len(rows) < clusters:                   # each next one with probability ~ squared distance
-            nearest = torch.minimum(nearest, (y - y[rows[-1]]).square().sum(1))
+            nearest = torch.minimum(nearest, torch.cdist(y, y[rows[-1:]], compute_mode=EXACT)[:, 0].square())
             edges = nearest.double().cumsum(0)
             drawn = torch.rand((), generator=generator, dtype=torch.float64) * edges[-1]
             rows.append(min(int(torch.searchsorted(edges, drawn, right=True)), len(y) - 1))
@@ -931,7 +955,8 @@ class KMeans(nn.Module):
                 break
             labels, sums = found, torch.zeros(clusters, y.shape[1], dtype=torch.float64)
             counts = torch.bincount(labels, minlength=clusters)
-            sums.index_add_(0, labels, y.double())
+            for part, where in zip(y.split(8192), labels.split(8192)):
+                sums.index_add_(0, where, part.double())
             self.centres.copy_(sums / counts.clip(min=1)[:, None])
             for empty, row in zip((counts == 0).nonzero().flatten(), distances.argsort(descending=True)):
                 self.centres[empty] = y[row]
@@ -943,7 +968,8 @@ class KMeans(nn.Module):
         return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
     def transform(self, y):
-        return F.one_hot(self.assign(y)[1], len(self.centres)).float()
+        nearest = torch.cdist(y.float(), self.centres, compute_mode=EXACT).argmin(1)
+        return F.one_hot(nearest, len(self.centres)).float()
 
 
 class Reduced(nn.Module):
@@ -1270,9 +1296,10 @@ def load_images(config, autoencoder=None):
     if not 0 < config.limit < len(images):
         return images
     rows = np.sort(np.random.RandomState(config.seed).permutation(len(images))[:config.limit])
-    latents = None if images.latents is None else images.latents[rows]
-    return Images(images.pixels[rows], None if images.labels is None else images.labels[rows], images.classes,
-                  dict(sha256=hashlib.sha256(images.fingerprint.encode() + rows.tobytes()).hexdigest()), latents)
+    digest = hashlib.sha256(images.fingerprint.encode() + rows.tobytes()).hexdigest()
+    pixels = images.pixels.subset(rows) if isinstance(images.pixels, LazyPixels) else images.pixels[rows]
+    labels, latents = (None if part is None else part[rows] for part in (images.labels, images.latents))
+    return Images(pixels, labels, images.classes, dict(sha256=digest), latents)
 
 
 def load_all_images(config, autoencoder=None):
@@ -1360,12 +1387,11 @@ class Augment:
 
         device = images.device
         for bit, dim in ((x_flip, 3), (y_flip, 2)):
-            images = torch.where(bit.to(device)[:, None, None, None] > 0, images.flip(dim), images)
+            images = torch.where(send(bit, device)[:, None, None, None] > 0, images.flip(dim), images)
         if len(rows):
-            inverse, offset, rows_there = (t.to(device)
-                                           for t in (inverse[rows], offset[rows], rows))
+            inverse, offset, rows_there = (send(t, device) for t in (inverse[rows], offset[rows], rows))
             images = images.index_copy(0, rows_there, resample(images[rows_there], inverse, offset))
-        return images, labels.to(device)
+        return images, send(labels, device)
 
 
 def rotation(angle):
@@ -1423,19 +1449,25 @@ def filters(size, device):
 LATENT_MEAN, LATENT_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
 
 
+@functools.lru_cache(maxsize=16)
+def latent_scale(device):
+    """LATENT_MEAN and LATENT_STD, each (C, 1, 1); kept, because a GPU is waited for to copy them there."""
+    return tuple(torch.tensor(n, device=device)[:, None, None] for n in (LATENT_MEAN, LATENT_STD))
+
+
 def normalise_latent(moments, noise):
     """Moments (B, 2C, r, r) as `Autoencoder.encode` gives them, unit Gaussian noise (B, C, r, r) -> a latent.
 
     A sample mean + std·noise, brought to mean 0 and deviation 0.5 per channel, as sigma_data = 0.5 expects.
     """
     mean, std = moments.float().chunk(2, dim=1)                                           # (B, C, r, r)
-    centre, spread = (torch.tensor(n, device=mean.device)[:, None, None] for n in (LATENT_MEAN, LATENT_STD))
+    centre, spread = latent_scale(mean.device)
     return (mean + std * noise - centre) / spread * 0.5
 
 
 def denormalise_latent(z):
     """(B, C, r, r) -> the sample in the autoencoder's own units that `normalise_latent` brought to z."""
-    centre, spread = (torch.tensor(n, device=z.device)[:, None, None] for n in (LATENT_MEAN, LATENT_STD))
+    centre, spread = latent_scale(z.device)
     return z.float() / 0.5 * spread + centre
 
 
@@ -1697,6 +1729,9 @@ def run(main):
         print("\nstopped: the same command goes on from what is finished", file=sys.stderr)
     except BrokenPipeError:                           # as in `python evaluate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception:                                 # of a silenced process, too, it must be seen
+        sys.stderr = stderr
+        raise
     if processes() > 1 and torch.distributed.is_initialized() and code == 0:
         torch.distributed.destroy_process_group()
     sys.exit(code)
@@ -1922,6 +1957,12 @@ class LazyPixels:
 
     def __len__(self):
         return len(self.rows)
+
+    def subset(self, rows):
+        """pixels[rows], still unread."""
+        some = copy.copy(self)
+        some.rows, some.shape = self.rows[rows], (len(rows), *self.shape[1:])
+        return some
 
     def __getitem__(self, rows):
         rows = self.rows[rows]

@@ -250,7 +250,7 @@ def test_pca_finds_the_axes_of_a_known_gaussian():
         [5.0, 3, 1, .5, .1, .01])
     y = y @ rotation.T + 2
     pca = twosdm.PCA(y, 3)
-    aligned = (pca.basis.T @ rotation[:, :3].double()).abs()
+    aligned = (pca.basis.double().T @ rotation[:, :3].double()).abs()
     assert (aligned - torch.eye(3)).abs().max() < 0.05
     z = pca.transform(y)
     assert (z.mean(0).abs().max() < 1e-4
