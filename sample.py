@@ -86,7 +86,7 @@ class Pipeline:
                                             guidance=args.guidance)
         if args.guidance != 1 and not (self.main["stage"] == "image" and saved.get("y_dropout")):
             raise UserError("--guidance needs an image model that sometimes was not told y: train.py --stage "
-                            "image --y-dropout 0.1 --tag guided, then --checkpoint .../image-guided/checkpoint.pt")
+                            "image --y-dropout 0.1 --tag guided, then --checkpoint FOLDER/checkpoint.pt")
         self.classes = len(self.data["classes"]) if saved["a"] == "class" else 0
         if args.label is not None and not 0 <= args.label < self.classes:
             names = ", ".join(f"{i} {name}" for i, name in enumerate(self.data["classes"][:20]))
@@ -215,7 +215,7 @@ def load_given(paths, methods=()):
 
 
 def split_joint(checkpoint):
-    """The checkpoint of the joint stage -> {stage: what the checkpoints of prior and image model would be}."""
+    """The joint stage's checkpoint -> {stage: what the checkpoints of prior and image model would be}."""
     weights = checkpoint["ema"]
 
     def part(name):
@@ -232,7 +232,8 @@ def find_run(args, stage):
     found = list(Path(args.runs).glob(f"{args.dataset or '*'}/{name}/checkpoint.pt"))
     if not found:
         where = f"--dataset {args.dataset}" if args.dataset else "any data set"
-        flags = stage + f" --y {args.y}" * (stage in ("prior", "image") and args.y != "clip") + " --a text" * text
+        told = stage in ("prior", "image") and args.y != "clip"
+        flags = stage + f" --y {args.y}" * told + " --a text" * text
         raise UserError(f"{args.runs} has no trained '{name}' of {where}: run python train.py first (for "
                         f"this alone: --stage {flags}), or say where the runs are with --runs")
     return max(found, key=lambda path: path.stat().st_mtime)
@@ -257,12 +258,12 @@ def add_sampling_flags(parser):
     add("--churn", type=at_least(0, float), help="S_churn; 0 = deterministic (default: the run's preset)")
     add("--y", default="clip", help="which variant of prior and image model: clip, pca:D, kmeans:K, none "
         "(default: %(default)s)")
-    add("--guidance", type=at_least(0, float), default=1.0, help="classifier-free guidance on y; 1 = none, the "
-        "model must have been trained with --y-dropout (default: %(default)s)")
-    add("--temperature", type=at_least(0, float), default=1.0, help="scales the prior's embeddings about their "
-        "mean in the training set (default: %(default)s)")
-    add("--prompt", metavar="TEXT", help='a caption, such as "three red stars on a blue background", for priors '
-        "trained with --a text")
+    add("--guidance", type=at_least(0, float), default=1.0, help="classifier-free guidance on y; "
+        "1 = none, otherwise the model must have been trained with --y-dropout (default: %(default)s)")
+    add("--temperature", type=at_least(0, float), default=1.0, help="scales the prior's embeddings about "
+        "their mean in the training set (default: %(default)s)")
+    add("--prompt", metavar="TEXT", help='a caption, such as "three red stars on a blue background", for '
+        "priors trained with --a text")
     add("--s-noise", type=at_least(0, float), default=1.007,
         help="S_noise of the churn (default: %(default)s)")
     add("--class", type=int, dest="label", metavar="CLASS",
@@ -439,8 +440,8 @@ def main():
         help="K images of each embedding, each with noise of its own (default: 1, with --like 8)")
     add("--like", nargs="+", metavar="IMAGE",
         help="variations of image files: y is their embedding; the grid shows them in its first column")
-    add("--out", help="folder for the images (default: samples/<dataset>-<method>, with -interpolate, -same-y "
-        "or -like where it applies, numbered)")
+    add("--out", help="folder for the images (default: samples/<dataset>-<method>, with -interpolate, "
+        "-same-y or -like where it applies, numbered)")
     add("--npz", action="store_true",
         help="also write samples.npz: all images in the folder as one array, by their seeds")
     args = parser.parse_args()

@@ -104,7 +104,8 @@ class Diffusion:
         inner, self.reduce = ((embedder.inner, embedder.reduction.transform)
                               if isinstance(embedder, twosdm.Reduced) else (embedder, lambda y: y))
         if embedder is not None and (config.stage == "prior" or not self.augment):
-            bank = twosdm.embedding_bank(images, inner, folder, self.augment, config.views, config.seed, device)
+            bank = twosdm.embedding_bank(images, inner, folder, self.augment, config.views, config.seed,
+                                         device)
             some = torch.from_numpy(bank[0, :1000, :-9].copy()).to(device)
             rms = self.reduce(some).square().mean().sqrt().item()
             note = "" if 0.2 < rms < 1.2 or config.stage != "prior" else (
@@ -139,7 +140,8 @@ class Diffusion:
         if self.augment:
             draws["augment"] = self.augment.draw(len(rows))
         shape = (self.denoiser.net.dim,) if self.config.stage == "prior" else self.images.shape
-        draws["sigma"], draws["noise"] = self.denoiser.draw(torch.empty(len(rows), *shape, device=self.device))
+        like = torch.empty(len(rows), *shape, device=self.device)
+        draws["sigma"], draws["noise"] = self.denoiser.draw(like)
         if self.images.latents is not None:
             draws["latent"] = torch.randn_like(draws["noise"])
         if self.config.y_dropout:
@@ -148,7 +150,7 @@ class Diffusion:
         return draws
 
     def condition(self, rows):
-        """a of these images: (B, A), the classes as one-hots or the captions' embeddings; None for neither."""
+        """a of these images: (B, A), classes as one-hots or the captions' embeddings; None for neither."""
         if self.captions is not None:
             return twosdm.take(self.captions, rows, self.device)
         if not self.classes:
@@ -156,7 +158,7 @@ class Diffusion:
         return F.one_hot(twosdm.send(self.images.labels[rows], self.device), self.classes).float()
 
     def pictures(self, rows, draws):
-        """What the image model learns: images or latents (B, C, H, W), labels of augmentation (B, 9) or None."""
+        """What the image model learns: images or latents (B, C, H, W), augmentation labels (B, 9) or None."""
         if self.images.latents is not None:
             moments = twosdm.take(self.images.latents, rows, self.device)
             return twosdm.normalise_latent(moments, draws["latent"]), None
@@ -323,7 +325,8 @@ def train(config, device):
             path, stage=config.stage, dataset=config.dataset, config=dataclasses.asdict(config),
             identity=identity, model=job.recipe, data=described, embedder=packed, seen=seen, seconds=seconds,
             ema=ema.net.state_dict(), **job.more,
-            fingerprints=dict(images=described["fingerprint"], embedder=packed and packed["fingerprint"]), **more)
+            fingerprints=dict(images=described["fingerprint"], embedder=packed and packed["fingerprint"]),
+            **more)
 
     if first:
         start_log(folder / "log.jsonl", seen)
@@ -428,7 +431,8 @@ def get_y(config, images, device):
     path.parent.mkdir(parents=True, exist_ok=True)
     with twosdm.locked(path.with_suffix(".lock")):    # processes of one run must not fit two
         if not path.exists():
-            fitted = twosdm.Reduced.fit(embedder, config.y, torch.from_numpy(bank[0, :, :-9].copy()), config.seed)
+            rows = torch.from_numpy(bank[0, :, :-9].copy())
+            fitted = twosdm.Reduced.fit(embedder, config.y, rows, config.seed)
             twosdm.save_checkpoint(path, stage="reduction", state=fitted.reduction.state_dict())
     state = twosdm.load_checkpoint(path, stage="reduction")["state"]
     return twosdm.Reduced.restore(embedder, state).to(device)
@@ -490,7 +494,7 @@ class Meter:
         """Replaces NaN and infinite gradients by finite ones, and keeps the norm that all had before."""
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         self.norms.append(torch.stack(torch._foreach_norm(gradients)).square().sum().sqrt())
-        for g in gradients:                           # without a look at the norm: the GPU need not be waited for
+        for g in gradients:                           # unseen: to look would be to wait for the GPU
             torch.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5, out=g)
 
     def write(self, path, team, seen, seconds, bar, extra):
@@ -580,8 +584,8 @@ def main():
         configs = configs[1:]                         # nothing to train
     if not twosdm.has_prior(configs[0].y):
         if known.stage == "prior":
-            raise UserError(f"--y {configs[0].y} leaves the prior nothing to learn: clusters are drawn by their "
-                            f"frequency")
+            raise UserError(f"--y {configs[0].y} leaves the prior nothing to learn: clusters are drawn by "
+                            f"their frequency")
         configs = [config for config in configs if config.stage != "prior"]
     if dry:
         print("[\n" + ",\n".join(describe(config, changes) for config in configs) + "\n]")
@@ -610,7 +614,7 @@ def main():
 
 
 def describe(config, changes):
-    """What --dry-run prints of a stage: each setting with its source, and the size of the network, as JSON."""
+    """What --dry-run prints of a stage, as JSON: each setting with its source, the number of parameters."""
     side, joint = config.resolution, config.stage == "joint"
     y_dim = dict(clip=512, pixels=min(64, 3 * min(side, 32)**2), shapes=64)[config.embedder]
     a_dim = y_dim if config.a == "text" else count_classes(config)

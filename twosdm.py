@@ -100,14 +100,14 @@ class TrainConfig:
     embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, a PCA of the pixels, or a small CLIP "
                            "of the shapes", choices=("clip", "pixels", "shapes"))
     clip_weights: str = option("openai", "'openai', which open_clip downloads, or a file", fixed=False)
-    y: str = option("clip", "what of the embedding is used: all of it (clip), its first D principal components "
-                    "(pca:D), which of K clusters it is in (kmeans:K), nothing (none)")
+    y: str = option("clip", "what of the embedding is used: all of it (clip), its first D principal "
+                    "components (pca:D), which of K clusters it is in (kmeans:K), nothing (none)")
     y_dropout: float = option(0.0, "how often the image model is not told y, for guidance in sampling",
                               low=0, high=1)
     a: str = option("none", "what the user conditions on: nothing, the class, or (the prior of shapes alone) "
                     "the caption's text embedding", choices=("none", "class", "text"))
-    vae: str = option("", "diffuse in the latent space of this Stable Diffusion VAE: a hub's name or a folder",
-                      fixed=False)
+    vae: str = option("", "diffuse in the latent space of this Stable Diffusion VAE, a hub's name or a "
+                      "folder", fixed=False)
     # The prior
     prior_width: int = option(512, "width of the prior's tokens", low=1, source="authors")
     prior_depth: int = option(6, "number of transformer blocks of the prior", low=1, source="authors")
@@ -176,8 +176,8 @@ IMAGENET = [("paper", EVERY, dict(augment=0.0)), ("EDM", IMAGE, dict(dropout=0.1
             *PAPER_PRIOR]
 PRESETS = {
     "shapes": [
-        ("ours", EVERY, dict(embedder="shapes", lr_ramp=4 * K, log=2 * K, preview=12 * K, save=6 * K, steps=18,
-                             churn=0.0, views=1)),
+        ("ours", EVERY, dict(embedder="shapes", lr_ramp=4 * K, log=2 * K, preview=12 * K, save=6 * K,
+                             steps=18, churn=0.0, views=1)),
         ("ours", ("embedder",), dict(images=40 * K, lr=2e-3)),
         ("ours", ("prior", "joint"), dict(images=250 * K, **SMALL_PRIOR)),
         ("ours", IMAGE, dict(images=44 * K, batch=32, lr=4e-3, width=24, mults=(1, 2, 2), blocks=1,
@@ -276,7 +276,7 @@ def configure(dataset="shapes", stage="image", **changes):
     if config.a == "text" and (dataset != "shapes" or stage != "prior"):
         raise UserError("--a text is for --stage prior of shapes: captions are nowhere else, and the image "
                         "model learns of them through y")
-    if config.y_dropout and config.y in ("none", "pca:0", "kmeans:1"):
+    if config.y_dropout and told_nothing(config.y):
         raise UserError(f"--y {config.y} leaves --y-dropout nothing to drop: leave one of them away")
     if stage == "joint" and (config.y != "clip" or config.y_dropout):
         raise UserError("--stage joint learns y with the rest: leave --y and --y-dropout away")
@@ -487,8 +487,8 @@ class Sampler:
         """Samples p(. | cond), one per seed: shape without B, cond (B, K) or None -> (B, *shape) float32.
 
         With `way` (B,) there are two seeds; sample i starts from `slerp` of their noise, at way[i] (App. C).
-        With guidance W other than 1, the denoiser is D(null) + W (D(cond) - D(null)), where `null` (B, K) tells
-        it less: classifier-free guidance (Ho and Salimans 2022).
+        With guidance W other than 1, the denoiser is D(null) + W (D(cond) - D(null)), where `null` (B, K)
+        tells it less: classifier-free guidance (Ho and Salimans 2022).
         """
         def denoise(x, sigma):
             full = denoiser(x, sigma, cond)
@@ -932,8 +932,9 @@ EXACT = "donot_use_mm_for_euclid_dist"
 class KMeans(nn.Module):
     """Clusters of y (N, D), for the baseline Class-cond. transform: (B, D) -> one-hot (B, clusters).
 
-    Lloyd's iteration from a k-means++ start (Arthur and Vassilvitskii 2007), until no row moves or 100 rounds.
-    A cluster that loses all its rows gets the row farthest from its centre. `counts` (clusters,): rows of each.
+    Lloyd's iteration from a k-means++ start (Arthur and Vassilvitskii 2007), until no row moves, at most 100
+    rounds. A cluster that loses all its rows gets the row farthest from its centre. `counts` (clusters,): the
+    rows of each.
     """
 
     def __init__(self, y, clusters, seed=0):
@@ -1055,7 +1056,8 @@ def pack_embedder(embedder):
 def unpack_embedder(packed, resolution, clip_weights="openai"):
     """A checkpoint's embedder, in eval mode. Raises UserError if CLIP's weights are not those of its run."""
     if "reduction" in packed:
-        return Reduced.restore(unpack_embedder(packed["inner"], resolution, clip_weights), packed["reduction"])
+        inner = unpack_embedder(packed["inner"], resolution, clip_weights)
+        return Reduced.restore(inner, packed["reduction"])
     if packed["name"] == "clip":
         embedder = ClipEmbedder(clip_weights)
         if fingerprint(embedder) != packed["fingerprint"]:
@@ -1283,8 +1285,8 @@ def cifar10(folder):
                     data = torchvision.datasets.CIFAR10(folder, train=True, download=True)
             except Exception as error:                # whatever a network or a damaged file raises
                 url = torchvision.datasets.CIFAR10.url
-                raise UserError(f"CIFAR-10 cannot be had ({type(error).__name__}): fetch {url} elsewhere, put "
-                                f"it into a folder and give --data FOLDER") from None
+                raise UserError(f"CIFAR-10 cannot be had ({type(error).__name__}): fetch {url} elsewhere, "
+                                f"put it into a folder and give --data FOLDER") from None
     pixels, labels = np.ascontiguousarray(data.data), np.array(data.targets, np.int64)
     return Images(pixels, labels, data.classes, dict(
         sha256=hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest(), source="cifar10"))
@@ -2049,7 +2051,7 @@ def describe(bad, total):
 
 @contextlib.contextmanager
 def locked(path, busy=""):
-    """Holds a lock that ends with the process. Another's is waited for, or is a UserError that says `busy`."""
+    """Holds a lock that ends with the process. Another's is waited for, or a UserError that says `busy`."""
     with open(path, "w") as file:
         with contextlib.suppress(ImportError):       # Windows has no fcntl
             import fcntl

@@ -8,7 +8,7 @@ import twosdm
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(module, *args, cwd=folder) -> (code, out, err): a script in this process, which saves it the imports."""
+    """call(module, *args, cwd=folder) -> (code, out, err): a script, run in this process."""
     def called(module, *args, cwd):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])

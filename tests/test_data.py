@@ -335,7 +335,7 @@ def test_a_cache_is_used_again_only_if_it_matches(tmp_path, monkeypatch):
 
 
 def cifar_files(root):
-    """CIFAR-10's five training files and its names, with two images each; -> pixels (10, 32, 32, 3), labels."""
+    """CIFAR-10's five training files of two images each, and its names; -> pixels (10, 32, 32, 3), labels."""
     pixels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
     base = root / "cifar-10-batches-py"
     base.mkdir(parents=True)
@@ -351,7 +351,7 @@ def test_cifar10_is_read_as_torchvision_keeps_it(tmp_path, monkeypatch):
     pixels, labels = cifar_files(tmp_path)
     config = data.configure("cifar10", "image", data=str(tmp_path))
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", lambda self: None)       # no network
-    with pytest.raises(UserError, match="cifar-10-python.tar.gz"):      # the files' checksums are not the real
+    with pytest.raises(UserError, match="cifar-10-python.tar.gz"):      # their checksums are not the real ones
         data.load_images(config)
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)

@@ -547,7 +547,8 @@ def test_neither_way_to_use_a_file_runs_what_is_inside(tmp_path, read):
 def test_the_scripts_sample_from_a_published_file_and_finetune_it(tmp_path, call):
     net = UNet(16, width=8, mults=(1, 2), blocks=1, attention=(8,), augment_dim=9)
     file = publish(tmp_path / "edm-tiny-uncond-vp.pkl", edm_names(net))
-    assert call(sample, "--method", "baseline", "--checkpoint", file, "--n", 3, "--steps", 2, cwd=tmp_path)[0] == 0
+    flags = ["--method", "baseline", "--checkpoint", file, "--n", 3, "--steps", 2]
+    assert call(sample, *flags, cwd=tmp_path)[0] == 0
     assert len(list(tmp_path.glob("samples/edm-tiny-uncond-vp-baseline/0*.png"))) == 3
     (tmp_path / "pictures").mkdir()
     for i in range(8):
@@ -555,8 +556,8 @@ def test_the_scripts_sample_from_a_published_file_and_finetune_it(tmp_path, call
         Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
 
     def finetune(images, width, *more):
-        return call(train, *("--dataset folder --data pictures --embedder pixels --resolution 16 --attention 8 "
-                             "--mults 1,2 --blocks 1 --batch 4 --preview 0 --stage image --lr 0").split(),
+        return call(train, *("--dataset folder --data pictures --embedder pixels --resolution 16 --mults 1,2 "
+                             "--attention 8 --blocks 1 --batch 4 --preview 0 --stage image --lr 0").split(),
                     "--images", images, "--width", width, *more, cwd=tmp_path)
 
     code, out, err = finetune(4, 12, "--init-from", file)

@@ -244,10 +244,10 @@ def test_a_disk_too_small_is_said_of_latents(source, tmp_path, autoencoder, monk
 
 def test_latents_train_and_sample_from_files_to_pictures(source, weights, tmp_path, call):
     for stage in ("prior", "image", "baseline"):
-        assert call(train, *("--images 16 --batch 8 --resolution 16 --embedder pixels --arch ddpm++ --width 8 --mults 1,2 "
-                      "--blocks 1 --attention 4 --prior-width 16 --prior-depth 1 --prior-heads 2 --skip-bad "
-                      "--steps 2 --dataset imagenet-latent --data in --stage").split(), stage, "--vae", weights,
-                    cwd=tmp_path)[0] == 0
+        flags = ("--dataset imagenet-latent --data in --skip-bad --images 16 --batch 8 --resolution 16 "
+                 "--embedder pixels --arch ddpm++ --width 8 --mults 1,2 --blocks 1 --attention 4 "
+                 "--prior-width 16 --prior-depth 1 --prior-heads 2 --steps 2").split()
+        assert call(train, *flags, "--stage", stage, "--vae", weights, cwd=tmp_path)[0] == 0
     checkpoint = twosdm.load_checkpoint("runs/imagenet-latent/image/checkpoint.pt")
     settings = checkpoint["model"]["settings"]
     assert (settings["channels"], settings["resolution"], settings["cond_dim"]) == (4, SIZE // 2, 64 + 2)
