@@ -351,7 +351,7 @@ def test_cifar10_is_read_as_torchvision_keeps_it(tmp_path, monkeypatch):
     pixels, labels = cifar_files(tmp_path)
     config = data.configure("cifar10", "image", data=str(tmp_path))
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", lambda self: None)       # no network
-    with pytest.raises(UserError, match="cifar-10-python.tar.gz"):      # their checksums are not the real ones
+    with pytest.raises(UserError, match="cifar-10-python.tar.gz"):      # checksums not the real ones
         data.load_images(config)
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)

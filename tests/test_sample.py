@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import TINY, refused
 from test_latent import save_vae
-from test_scripts import TINY, one_thread, photographs, refused, trained        # noqa: F401 (fixtures)
+from test_scripts import photographs
 
 import sample
 import train

@@ -19,7 +19,8 @@ from PIL import Image
 import sample
 import train
 import twosdm
-from test_scripts import refused, same_bits, tensors
+from conftest import refused
+from test_scripts import same_bits, tensors
 from twosdm import KMeans, PCA, PixelEmbedder, Reduced, Sampler, SmallClip, UserError
 
 TINY = dict(size=48, resolution=8, batch=8, images=32, lr_ramp=16, log=16, save=16, preview=0,
@@ -28,14 +29,6 @@ TINY = dict(size=48, resolution=8, batch=8, images=32, lr_ramp=16, log=16, save=
 FLAGS = [part for name, value in TINY.items() for part in (
     "--" + name.replace("_", "-"), ",".join(map(str, value)) if isinstance(value, tuple) else str(value))]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def fit(runs, stage, dataset="shapes", **changes):
