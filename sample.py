@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -48,6 +49,7 @@ class Pipeline:
 
     def __init__(self, args, method, device, own_images=False):
         self.args, self.method, self.device = args, method, device
+        self.seconds, self.drawn_images = np.zeros(2), 0                # of stage 1 and stage 2
         self.precision = twosdm.set_precision(args.precision, device, auto="tf32")
         given = load_given(args.checkpoint)
         files = self.files = {
@@ -114,12 +116,15 @@ class Pipeline:
 
     def describe(self):
         """What the images depend on, for the record."""
+        saved, packed = self.main["config"], self.main["embedder"]
+        tags = {c["config"].get("tag", "") for c in self.checkpoints.values()}
         return dict(sampler="Algorithm 2, streams by name", device=self.device.type, method=self.method,
                     dataset=self.main["dataset"], steps=self.sampler.steps,
                     image_steps=self.image_sampler.steps, churn=self.sampler.s_churn,
                     s_noise=self.sampler.s_noise, label=self.args.label, arithmetic=self.precision,
-                    y=self.main["config"].get("y", "clip"), prompt=self.args.prompt,
+                    y=saved.get("y", "clip"), y_dim=packed["dim"] if packed else 0, prompt=self.args.prompt,
                     guidance=self.args.guidance, temperature=self.args.temperature,
+                    train_seed=saved.get("seed"), tags=sorted(tags - {""}),
                     fingerprints=self.main["fingerprints"],
                     images_seen={s: c["seen"] for s, c in self.checkpoints.items()},
                     networks={s: twosdm.fingerprint(m) for s, m in self.models.items()})
@@ -186,7 +191,27 @@ class Pipeline:
 
     def __call__(self, seeds):
         """(B,) whole numbers -> (B, H, W, 3) uint8."""
-        return self.draw(seeds, *self.conditions(seeds))
+        began = self.clock()
+        conditions = self.conditions(seeds)
+        between = self.clock()
+        pixels = self.draw(seeds, *conditions)
+        self.seconds += (between - began, self.clock() - between)
+        self.drawn_images += len(pixels)
+        return pixels
+
+    def clock(self):
+        """Seconds, when the device has done all it was told to."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timing(self):
+        """What this pipeline has measured of itself (Table 5), or None if it has drawn nothing."""
+        if not self.drawn_images:
+            return None
+        return dict(ms_per_image=round(1000 * self.seconds.sum() / self.drawn_images, 3),
+                    prior_share=round(self.seconds[0] / self.seconds.sum(), 5), images=self.drawn_images,
+                    batch=self.args.batch, device=device_name(self.device))
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -196,6 +221,12 @@ class Pipeline:
         """Per seed a number i with probability ~ shares[i]: (B,)."""
         return torch.cat([torch.multinomial(shares, 1, generator=torch.Generator().manual_seed(
             twosdm.mix_seed(name, seed))) for seed in seeds])
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
 def load_given(paths, methods=()):
