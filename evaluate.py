@@ -1,10 +1,10 @@
 """The paper's metrics: each a function of plain arrays, straight from its formula.
 
-    python evaluate.py                                        the newest runs: a row of Table 1 for each method
+    python evaluate.py                                       the newest runs: a row of Table 1 for each method
     python evaluate.py --dataset afhq --n 50000 --method 2sdm baseline
-    python evaluate.py --images samples/ --reference afhqv2-64x64.npz        any images, any usual reference
-    python evaluate.py --history                              FID at each snapshot: Fig. 5
-    python evaluate.py --nearest clip                         does the model copy? Figs. 6, 7 and 11 to 13
+    python evaluate.py --images samples/ --reference afhqv2-64x64.npz       any images, any usual reference
+    python evaluate.py --history                             FID at each snapshot: Fig. 5
+    python evaluate.py --nearest clip                        does the model copy? Figs. 6, 7 and 11 to 13
 
     frechet_distance    FID and sFID: how far apart two sets are, as Gaussians of their features
     inception_score     how sure a classifier is of each image, and how varied over the images
@@ -979,8 +979,9 @@ def write_history(folder, results, metrics):
             for method in methods:
                 points = [(n, values[method, n]) for n in seen if (method, n) in values]
                 axes.plot(*zip(*points), "o-", color=COLOURS.get(method), label=NAMES.get(method, method))
-            if "fid" in metric:
+            if max(values.values()) > 10 * min(values.values()) > 0:
                 axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:g}")
 
         files += save_figure(folder / f"history-{metric}.png", draw, xlabel="training images seen",
                              ylabel=HEADINGS[metric])
