@@ -1,24 +1,39 @@
 """The paper's metrics: each a function of plain arrays, straight from its formula.
 
+    python evaluate.py                                       the newest runs: a row of Table 1 for each method
+    python evaluate.py --dataset afhq --n 50000 --method 2sdm baseline
+    python evaluate.py --images samples/ --reference afhqv2-64x64.npz       any images, any usual reference
+    python evaluate.py --history                             FID at each snapshot: Fig. 5
+    python evaluate.py --nearest clip                        does the model copy? Figs. 6, 7 and 11 to 13
+
     frechet_distance    FID and sFID: how far apart two sets are, as Gaussians of their features
     inception_score     how sure a classifier is of each image, and how varied over the images
     precision_recall    the share of samples that look real; the share of the data that can be sampled
-    nearest             the most similar training images: does the model copy?
+    nearest             the most similar training images
     InceptionFeatures   images -> the features that the first three are computed from
     Lpips               perceptual distance of two images, also as an embedding for `nearest`
 
 Values are comparable only with the same network (Inception of 2015-12-05), the same resize (TensorFlow 1's
 bilinear), the same rounding to uint8 and the same number of images: a number is reported with its protocol.
+Features are cached in runs/<dataset>/features, so that metrics are recomputed in seconds and an interrupted
+evaluation goes on where it stopped. torchrun spreads sampling and networks over processes.
 """
 import argparse
 import contextlib
+import csv
+import dataclasses
 import hashlib
+import io
+import itertools
 import json
 import math
-import os
+import shutil
 import sys
 import time
 import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +41,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from tqdm import tqdm
 
 import sample
@@ -310,6 +326,7 @@ class InceptionFeatures(nn.Module):
     weights: the path of the public file, or None to download it. `sha256` is the beginning of its hash, for
     the protocol: the public one is 6726825d. Raises UserError if the file is missing or wrong.
     """
+    label, resize, dims = "Inception 2015-12-05", "TF1 bilinear to 299", (2048, 2023)
 
     def __init__(self, weights=None):
         super().__init__()
@@ -397,6 +414,7 @@ class WorldFeatures(nn.Module):
     embedder: other images, labels instead of captions. Its values compare with each other, not
     with Inception's.
     """
+    label, resize, dims = "the world's own classifier (not comparable with Inception's)", "none", (64, 448)
 
     def __init__(self, width=24):
         super().__init__()
@@ -468,168 +486,823 @@ class WorldFeatures(nn.Module):
 
 
 # ============================================================================================================
-# 3 The command line
+# 3 Sets of images, streamed
 # ============================================================================================================
 
-METRICS = ("fid", "sfid", "is", "precision", "recall")
-HEADINGS = dict(zip(METRICS, ("FID", "sFID", "IS", "precision", "recall")))
+@dataclass
+class Source:
+    """n images of R x R pixels that are read in batches and never held together.
 
-
-def extract(batches, network, total, what, keep=None, logits=True):
-    """Batches of (B, H, W, 3) uint8 -> what the metrics need of a set, as a dict of arrays, in one pass.
-
-    mu, sigma, mu_s, sigma_s (float64), pool (the first `keep` rows), logits (N, K) if wanted, n.
+    `read(spans)` yields for each of these slices of range(n) its pixels (b, R, R, 3) uint8 and its faults:
+    (index, file, reason) of each image that cannot be read. `key` says all that the images depend on.
     """
-    stats, pools, kept, n = {}, [], [], 0
-    bar = tqdm(total=total, desc=what, unit=" images")
-    for pixels in batches:
-        features = network(torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2))
-        for name in ("pool", "spatial"):
-            stats.setdefault(name, RunningStats(features[name].shape[1])).update(features[name].cpu())
-        if keep is None or n < keep:
-            pools.append(features["pool"].cpu()[:None if keep is None else keep - n])
-        if logits:
-            kept.append(features["logits"].cpu())
-        n += len(pixels)
-        bar.update(len(pixels))
-    bar.close()
-    (mu, sigma), (mu_s, sigma_s) = stats["pool"].result(), stats["spatial"].result()
-    return dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, pool=torch.cat(pools).numpy(), n=np.array(n),
-                **(dict(logits=torch.cat(kept).numpy()) if logits else {}))
+    name: str
+    n: int
+    resolution: int
+    key: list
+    read: Callable
 
 
-def cached(folder, key, make):
-    """The dict of arrays under a key that says all it depends on; made and kept if it is not there."""
-    path = Path(folder) / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16] + ".npz")
-    if path.exists():
-        try:
-            with np.load(path) as arrays:
-                return dict(arrays)
-        except (OSError, ValueError, zipfile.BadZipFile):     # a damaged cache is only a slow one
-            path.unlink()
-    arrays = make()
-    with twosdm.user_errors(f"{path} cannot be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
-        with open(fresh, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(fresh, path)
+def from_pixels(name, pixels, fingerprint):
+    """An array (N, R, R, 3) uint8, in memory, mapped or lazy, whose content has this fingerprint."""
+    return Source(name, len(pixels), pixels.shape[1], ["pixels", fingerprint],
+                  lambda spans: ((pixels[span], []) for span in spans))
+
+
+def from_pipeline(pipeline, seed, n):
+    """The samples of a method from the seeds seed, seed + 1, ..."""
+    def read(spans):
+        return ((pipeline(list(range(seed + span.start, seed + span.stop))), []) for span in spans)
+
+    return Source(pipeline.method, n, pipeline.shape[0], [pipeline.describe(), seed, n], read)
+
+
+def from_world(images, config, n):
+    """Other images of the embedded world than these first ones: what a perfect model would draw."""
+    first, resolution, seed = len(images), config.resolution, config.seed
+
+    def read(spans):
+        for span in spans:
+            index = torch.arange(first + span.start, first + span.stop)
+            yield twosdm.shapes_images(index, resolution, seed).numpy(), []
+
+    return Source("real", n, resolution, ["shapes", resolution, seed, first, n], read)
+
+
+def from_files(path, resolution=None):
+    """A folder or zip of images. Squares of one size stay as they are; others need the resolution to become.
+
+    Everything else is as in training: centre squares by Lanczos, transparency on white, 16 bits to 8.
+    """
+    entries = twosdm.list_images(path)[0]
+    if (Path(path) / "settings.json").is_file():              # a folder of sample.py: its grid is no sample
+        entries = [entry for entry in entries if entry.name != "grid.png"]
+    side = resolution or common_side(path, entries)
+    if not side:
+        raise UserError(f"{path} holds images of several sizes, or not square: say with --resolution what "
+                        f"side their centre squares shall have")
+    listed = "".join(f"{entry.name}\0{entry.size}\0{entry.stamp}\n" for entry in entries)
+    digest = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
+    workers = max(1, twosdm.cores() // twosdm.processes())
+
+    def read(spans):
+        chunks = twosdm.read_chunks(str(path), [entries[span] for span in spans], side,
+                                    max(1, min(workers, len(spans))))
+        with contextlib.closing(chunks):
+            for span, (pixels, faults, _) in zip(spans, chunks):
+                yield pixels, [(span.start + i, name, reason) for i, name, reason in faults]
+
+    return Source(str(path), len(entries), side, ["files", digest, side, twosdm.RECIPE], read)
+
+
+def common_side(path, entries):
+    """The side R if all images are R x R, by their headers, else None. Unreadable ones are not counted."""
+    sides = set()
+    for entry in entries:
+        with contextlib.suppress(Exception):                  # a bad file is named when it is read
+            file = (io.BytesIO(twosdm.read_entry(path, entry)) if entry.method >= 0 else
+                    Path(path, entry.name))
+            with Image.open(file, formats=twosdm.FORMATS) as image:
+                sides.add(image.size)
+        if len(sides) > 1:
+            return None
+    width, height = sides.pop() if sides else (0, 0)
+    return width if width == height else None
+
+
+def from_npz(path):
+    """`arr_0` (N, R, R, 3) uint8 of an .npz, as sample.py --npz and OpenAI's evaluator have it, streamed."""
+    formats = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            shape, fortran, dtype = formats[np.lib.format.read_magic(file)](file)
+            crc, begin = archive.getinfo("arr_0.npy").CRC, file.tell()
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        what = "has no arr_0" if isinstance(error, KeyError) else f"is not a whole .npz file ({error})"
+        raise UserError(f"{path} {what}: give an .npz whose arr_0 holds images (N, R, R, 3), uint8") from None
+    square = len(shape) == 4 and shape == (shape[0], shape[1], shape[1], 3) and shape[0]
+    if dtype != np.uint8 or fortran or not square:
+        odd = ("images of several sizes" if dtype == object else
+               f"{dtype} of shape {shape}" + ", in Fortran's order" * fortran)
+        raise UserError(f"arr_0 in {path} is {odd}: it must be uint8 of shape (N, R, R, 3)")
+    row = 3 * shape[1] ** 2
+
+    def read(spans):
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            for span in spans:
+                try:
+                    file.seek(begin + span.start * row)
+                    content = file.read((span.stop - span.start) * row)
+                    yield np.frombuffer(content, np.uint8).reshape(-1, *shape[1:]), []
+                except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                    raise UserError(f"{path} is damaged ({error}): make or fetch it again") from None
+
+    return Source(str(path), shape[0], shape[1], ["npz", crc, shape], read)
+
+
+def open_images(path, resolution=None):
+    """A folder, a zip or an .npz of images."""
+    if Path(path).suffix != ".npz":
+        return from_files(path, resolution)
+    source = from_npz(path)
+    if resolution not in (None, source.resolution):
+        raise UserError(f"{path} holds images of {source.resolution}x{source.resolution}, not {resolution}x"
+                        f"{resolution}: compare images of one size (those of a folder are resized)")
+    return source
+
+
+# ============================================================================================================
+# 4 From images to features to metrics
+# ============================================================================================================
+
+METRICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s"), "is": ("logits",), "precision": ("pool",),
+           "recall": ("pool",)}                               # and what of a set's features each is made of
+HEADINGS = dict(zip(METRICS, ("FID", "sFID", "IS", "precision", "recall")))
+K, IS_BLOCK = 3, 5000
+REAL_ROWS, FAKE_ROWS = 10_000, 50_000              # how many images at most enter precision and recall
+
+
+def spans(rows, size):
+    """Ascending row numbers -> slices of at most `size` consecutive ones."""
+    rows, found = np.asarray(rows), []
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+        found += [slice(int(part[0]), int(part[-1]) + 1)
+                  for part in np.array_split(run, -(-len(run) // size))] if len(run) else []
+    return found
+
+
+def readable(span, faults):
+    """The indices in a span without those of its faults, as an array."""
+    return np.setdiff1d(np.arange(span.start, span.stop), [fault[0] for fault in faults])
+
+
+def load_arrays(path, names):
+    """These arrays of an .npz file as a dict, or None if it does not exist or is damaged."""
+    try:
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in names}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None                                           # a damaged cache is only a slow one
+
+
+def save_arrays(path, **arrays):
+    with twosdm.written(path) as fresh, open(fresh, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def features(source, network, folder, most, names, batch=64, skip_bad=False):
+    """What the metrics need of a set, from the cache in `folder` or by one pass over its images.
+
+    -> dict of those `names` among mu, sigma, mu_s, sigma_s (float64), pool (of `most` images, drawn at
+    random), logits (N, K), and of n; None in all processes of torchrun but the first. The pass is cut into
+    parts, which the processes share. Each is a file until all are there, so that nothing is computed twice
+    after an interruption and the numbers do not depend on the processes; that takes 16 to 20 KB per image.
+    """
+    logits = "logits" in names
+    key = json.dumps([source.key, network.sha256, most, logits], sort_keys=True)
+    path = Path(folder) / (hashlib.sha256(key.encode()).hexdigest()[:16] + ".npz")
+    wanted = ("faults", "n", *names)
+    arrays = None if twosdm.rank() else load_arrays(path, wanted)
+    if not twosdm.gather(arrays is not None)[0]:
+        batches = spans(range(source.n), batch)
+        size = max(1, min(1024 // batch, len(batches) // 32))         # 32 parts or more can be shared well
+        parts = {path.with_suffix(".parts") / f"{group[0].start}-{group[-1].stop}.npz": group
+                 for group in (batches[i:i + size] for i in range(0, len(batches), size))}
+        extract(source, network, parts, logits)
+        if not twosdm.rank():
+            fold(source, parts, path, most, logits, skip_bad)
+            arrays = load_arrays(path, wanted)
+        twosdm.gather(None)
+    if not twosdm.rank():
+        refuse_faults(json.loads(str(arrays.pop("faults"))), source, skip_bad)
     return arrays
 
 
-def score(real, fake, metrics, k=3):
-    """Two sets as `extract` gives them -> {metric: value}."""
+def extract(source, network, parts, logits):
+    """Writes the missing ones of {file: spans}, each the features of its images."""
+    missing = twosdm.gather(None if twosdm.rank() else [
+        part for part in parts if load_arrays(part, ["rows"]) is None])[0]
+    done = source.n - sum(parts[part][-1].stop - parts[part][0].start for part in missing)
+    mine = twosdm.share(missing)
+    batches = source.read([span for part in mine for span in parts[part]])
+    with tqdm(total=source.n, initial=done, desc=source.name[-30:], unit=" images") as bar:
+        for part in mine:
+            rows, kept, bad = [], [], []
+            for span in parts[part]:
+                pixels, faults = next(batches)
+                if len(pixels):
+                    out = network(torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2))
+                    kept.append({name: out[name].cpu().numpy()
+                                 for name in out if name != "logits" or logits})
+                rows, bad = [*rows, readable(span, faults)], bad + faults
+                bar.update(min((span.stop - span.start) * twosdm.processes(), bar.total - bar.n))
+            save_arrays(part, rows=np.concatenate(rows), faults=np.array(json.dumps(bad)), **{
+                name: np.concatenate([x[name] for x in kept]) for name in (kept[0] if kept else ())})
+    twosdm.gather(None)                                       # all parts are there for all
+
+
+def fold(source, parts, path, most, logits, skip_bad):
+    """The parts, in order, become the one file that `features` reads."""
+    chosen = np.zeros(source.n, bool)             # at random: files are sorted by name, and so by class
+    chosen[np.random.RandomState(0).permutation(source.n)[:most]] = True
+    stats, kept, n, bad = {}, {"pool": [], "logits": []}, 0, []
+    for part in parts:
+        with np.load(part) as arrays:
+            rows, bad = arrays["rows"], bad + json.loads(str(arrays["faults"]))
+            if len(rows):
+                pool, n = arrays["pool"], n + len(rows)
+                for name, x in ("pool", pool), ("spatial", arrays["spatial"]):
+                    stats.setdefault(name, RunningStats(x.shape[1])).update(x)
+                kept["pool"].append(pool[chosen[rows]])
+                kept["logits"] += [arrays["logits"]] if logits else []
+    refuse_faults(bad, source, skip_bad or not n)
+    if n < 2:
+        raise UserError(f"{source.name} has {n} images that can be read: a covariance needs two or more")
+    (mu, sigma), (mu_s, sigma_s) = stats["pool"].result(), stats["spatial"].result()
+    save_arrays(path, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, n=np.array(n),
+                faults=np.array(json.dumps(bad)), **{k: np.concatenate(x) for k, x in kept.items() if x})
+    shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
+
+
+def refuse_faults(faults, source, skip_bad):
+    if faults and not skip_bad:
+        raise UserError(twosdm.describe(faults, source.n))
+
+
+def score(real, fake, metrics):
+    """Two sets as `features` gives them -> {metric: value}."""
     values = {}
     if "fid" in metrics:
         values["fid"] = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
     if "sfid" in metrics:
         values["sfid"] = frechet_distance(real["mu_s"], real["sigma_s"], fake["mu_s"], fake["sigma_s"])
     if "is" in metrics:
-        values["is"], values["is_std"] = inception_score(fake["logits"], block=5000, shuffle_seed=0)
+        values["is"], values["is_std"] = inception_score(fake["logits"], block=IS_BLOCK, shuffle_seed=0)
     if "precision" in metrics or "recall" in metrics:
-        values["precision"], values["recall"] = precision_recall(real["pool"], fake["pool"], k)
+        values["precision"], values["recall"] = precision_recall(real["pool"], fake["pool"], K)
     return {name: value for name, value in values.items() if name in metrics or name == "is_std"}
 
 
-def table(results, metrics):
-    """One line per method, aligned."""
-    lines = [f"{'method':<16}" + "".join(f"{HEADINGS[m]:>11}" for m in metrics)]
-    for row in results:
-        name = "baseline (EDM)" if row["method"] == "baseline" else row["method"]
-        lines.append(f"{name:<16}" + "".join(f"{row[m]:>11.3f}" for m in metrics))
+def read_statistics(path, network):
+    """The reference statistics of an .npz: EDM's (mu, sigma), OpenAI's (also mu_s, sigma_s), or our own.
+
+    -> dict of these, and of pool, n, weights if they are ours; None if the file holds images only. UserError.
+    """
+    try:
+        with np.load(path) as file:
+            names, arrays = file.files, {name: file[name] for name in file.files if name != "arr_0"}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).split(":")[0]
+        raise UserError(f"{path} cannot be read as an .npz ({reason}): fetch or make it again") from None
+    if "mu" not in arrays and "arr_0" in names:
+        return None
+    pairs = [pair for pair in (("mu", "sigma"), ("mu_s", "sigma_s")) if any(name in arrays for name in pair)]
+    if lacking := [name for pair in pairs or [("mu", "sigma")] for name in pair if name not in arrays]:
+        raise UserError(f"{path} lacks {lacking[0]} (it holds {', '.join(names) or 'nothing'}): a reference "
+                        f"holds mu and sigma, or images as arr_0")
+    for (mean, covariance), dims in zip(pairs, network.dims):
+        for name, shape in (mean, (dims,)), (covariance, (dims, dims)):
+            x = arrays[name]
+            if x.dtype.kind != "f" or x.shape != shape:
+                raise UserError(f"{name} in {path} is {x.dtype} of shape {x.shape}, not floats of shape "
+                                f"{shape}: it belongs to another network than {network.label}")
+            if not np.isfinite(x).all():
+                raise UserError(f"{name} in {path} has NaN or infinite values: fetch or make it again")
+    if "pool" in arrays and arrays["pool"].shape[1:] != arrays["mu"].shape:
+        raise UserError(f"pool in {path} has the shape {arrays['pool'].shape}, which does not go with its mu")
+    if str(arrays.get("weights", network.sha256)) != network.sha256:
+        raise UserError(f"{path} was made with the weights {arrays['weights']}, not {network.sha256}: use "
+                        f"one file of weights for both sides")
+    return arrays
+
+
+def reference(args, network, folder, training, names):
+    """The side of the real images -> (dict of those `names` that can be had; its record for the protocol).
+
+    What the statistics of --reference lack comes from the images beside them (arr_0), or from the training
+    images if there are any.
+    """
+    given, real, images, beside = args.reference, {}, training, None
+    if given and Path(given).suffix == ".npz" and (statistics := read_statistics(given, network)):
+        real = statistics
+        beside = from_npz(given) if "pool" not in real and "arr_0" in np.load(given).files else None
+        digest = hashlib.sha256(real["mu"].tobytes() + real["sigma"].tobytes()).hexdigest()[:8]
+        record = dict(reference=given, reference_sha256=digest,
+                      n_real=int(real["n"]) if "n" in real else None)
+    else:
+        images = open_images(given, args.resolution) if given else training
+        record = dict(reference=images.name, reference_key=images.key)
+
+    def add(source, names):
+        missing = [name for name in names if name not in real]
+        if source and missing:
+            found = features(source, network, folder, REAL_ROWS, missing, args.batch, args.skip_bad)
+            real.update({name: found and found[name] for name in missing})
+            record.setdefault("n_real", found and int(found["n"]))
+
+    add(beside, {"pool"}.intersection(names))     # a part of the data: enough for these, not for a mean
+    add(images, names)
+    return {name: real[name] for name in names if name in real}, record
+
+
+# ============================================================================================================
+# 5 The nearest training images: Figs. 6, 7 and 11-13
+# ============================================================================================================
+
+NEIGHBOURS = 3                                                # that a picture shows of each sample
+QUANTILE = 0.05
+
+
+def load(source, rows, batch, skip_bad=False):
+    """The images of these ascending rows, read by all processes: those readable (N,), (N, R, R, 3)."""
+    parts = spans(rows, batch)
+    mine, found = twosdm.share(parts), []
+    for span, (pixels, faults) in zip(mine, source.read(mine)):
+        refuse_faults(faults, source, skip_bad)
+        found.append((readable(span, faults), np.array(pixels)))
+    every = sorted((pair for some in twosdm.gather(found) for pair in some if len(pair[0])),
+                   key=lambda pair: pair[0][0])
+    return tuple(np.concatenate(x) for x in zip(*every))
+
+
+def search(queries, gallery, embed, k, metric, batch, skip_bad=False):
+    """The k nearest images of a source to the queries (Q, D), in one pass that the processes share.
+
+    -> distances, rows (Q, k), the nearest first.
+    """
+    parts = twosdm.share(spans(range(gallery.n), min(batch, -(-gallery.n // twosdm.processes()))))
+    rows = []
+
+    def chunks():
+        with tqdm(total=gallery.n, desc=f"searching {gallery.name[-30:]}", unit=" images") as bar:
+            for span, (pixels, faults) in zip(parts, gallery.read(parts)):
+                refuse_faults(faults, gallery, skip_bad)
+                rows.append(readable(span, faults))
+                yield embed(pixels)
+                bar.update(min((span.stop - span.start) * twosdm.processes(), bar.total - bar.n))
+
+    distances, index = nearest(queries, chunks(), k, metric)
+    found = twosdm.gather((distances, np.concatenate(rows)[index]))
+    distances, rows = (np.concatenate(x, 1) for x in zip(*found))                         # (Q, processes * k)
+    order = np.lexsort((rows, distances))[:, :k]
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
+
+
+def without_itself(distances, rows, own):
+    """Neighbours (N, k + 1) of images that are in the gallery, at the rows `own` -> (N, k) others."""
+    itself = rows == own[:, None]
+    itself[~itself.any(1), -1] = True                         # more copies than k hide it: drop any of them
+    return (x[~itself].reshape(len(x), -1) for x in (distances, rows))
+
+
+def embedding(args, kind, dataset, saved, device):
+    """What `--nearest kind` compares: pixels (B, R, R, 3) -> (B, D); the metric; its power; its name."""
+    def floats(pixels):
+        return twosdm.to_float(twosdm.send(np.array(pixels), device)).permute(0, 3, 1, 2)
+
+    if kind == "pixel":
+        return lambda pixels: pixels.reshape(len(pixels), -1) / 255.0, "euclidean", 1, "pixels in [0, 1]"
+    if kind == "lpips":
+        net = Lpips(args.lpips_weights).to(device)
+        return lambda pixels: net.embed(floats(pixels)), "euclidean", 2, "LPIPS 0.1 (alex)"
+    if dataset == "shapes":                                   # the world's own CLIP
+        net = twosdm.SmallClip()
+        run = sample.find_run(args, "embedder")
+        net.load_state_dict(twosdm.load_checkpoint(run, stage="embedder")["ema"])
+        net.to(device)
+    else:
+        net = twosdm.ClipEmbedder(args.clip_weights or saved.get("clip_weights", "openai")).to(device)
+
+    @_exactly()
+    def embed(pixels):
+        return net(floats(pixels))
+
+    return embed, "cosine", 1, "cosine of CLIP" + " (the world's own)" * (dataset == "shapes")
+
+
+def compare_neighbours(args, candidates, gallery, how):
+    """Each candidate's nearest training images -> rows of results, {method: distances}, pictures of pairs.
+
+    Beside them, as "training", the same number of training images and their nearest *other* ones. A model
+    that copies lies to the left: `copies` is the share of samples within the 5 % quantile of "training".
+    """
+    embed, metric, power, name = how
+    sets = [(source, described, *load(
+        source, np.linspace(0, source.n - 1, min(args.n or 100, source.n)).astype(int), args.batch,
+        args.skip_bad)) for described, source in candidates]
+    n = min(max(len(rows) for _, _, rows, _ in sets), gallery.n)
+    own, training = load(gallery, np.sort(np.random.RandomState(args.seed).permutation(gallery.n)[:n]),
+                         args.batch, args.skip_bad)
+    queries = [torch.cat([torch.as_tensor(embed(images[part]))
+                          for part in spans(range(len(images)), args.batch)])
+               for images in (training, *(images for *_, images in sets))]
+    k = min(NEIGHBOURS, gallery.n - 1)
+    distances, rows = search(torch.cat(queries), gallery, embed, k + 1, metric, args.batch, args.skip_bad)
+    ends = np.cumsum([len(part) for part in queries])[:-1]
+    (black, *distances), (others, *rows) = np.split(distances**power, ends), np.split(rows, ends)
+    black, others = without_itself(black, others, own)
+    edge = float(np.quantile(black[:, 0], QUANTILE))
+    results = [dict(method="training", items=own, distances=black[:, 0], neighbours=others[:, 0],
+                    copies=float((black[:, 0] <= edge).mean()))]
+    for (source, described, items, images), d, r in zip(sets, distances, rows):
+        shown = np.argsort(d[:, 0], kind="stable")[:32]       # the most suspicious first
+        found, pixels = load(gallery, np.unique(r[shown, :k]), args.batch, args.skip_bad)
+        tiles = [np.concatenate([images[i:i + 1], pixels[np.searchsorted(found, r[i, :k])],
+                                 np.full_like(images[:1], 255)]) for i in shown]
+        sheet = twosdm.image_grid(np.concatenate(tiles), (k + 2) * min(4, len(tiles)))
+        results.append(dict(described, items=items, distances=d[:, 0], neighbours=r[:, 0],
+                            copies=float((d[:, 0] <= edge).mean()),
+                            picture=sheet[:, :-1 - images.shape[2]]))               # without the last gap
+    return results, edge, name
+
+
+# ============================================================================================================
+# 6 Tables and figures
+# ============================================================================================================
+
+NAMES = {"baseline": "baseline (EDM)", "training": "training, others"}
+COLOURS = {"2sdm": "tab:red", "oracle": "tab:green", "baseline": "tab:blue", "real": "tab:gray"}
+
+
+def table(rows, columns, first="method"):
+    """Rows of results -> text, aligned; {heading: key}. What a row lacks is a dash."""
+    def shown(value):
+        return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+    names = [row[first] if isinstance(row[first], str) else f"{row[first]:,}" for row in rows]
+    names = [NAMES.get(name, name) for name in names]
+    width = max(map(len, ["x" * 15, *names])) + 1
+    lines = [f"{first.replace('_', ' '):<{width}}" + "".join(f"{heading:>11}" for heading in columns)]
+    lines += [f"{name:<{width}}" + "".join(f"{shown(row.get(key)):>11}" for key in columns.values())
+              for name, row in zip(names, rows)]
     return "\n".join(lines)
 
 
-def main():
+def save_csv(path, rows, columns):
+    with twosdm.written(path) as fresh, open(fresh, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([row.get(column) for column in columns] for row in rows)
+
+
+def save_figure(path, draw, **labels):
+    """Lets draw(axes) fill a figure -> [path], or [] if there is no matplotlib to do so."""
+    try:
+        from matplotlib.figure import Figure                  # optional: only figures need it
+    except ImportError:
+        print(f"No {path}: for figures, pip install matplotlib; nothing has to be computed again.",
+              file=sys.stderr)
+        return []
+    figure = Figure(figsize=(5.5, 3.8), layout="constrained", dpi=150)
+    axes = figure.add_subplot(**labels)
+    draw(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    with twosdm.written(path) as fresh:
+        figure.savefig(fresh, format="png")
+    return [path]
+
+
+def write_history(folder, results, metrics):
+    """Fig. 5: each metric against the images seen, one curve per method -> a table; the files."""
+    methods = list(dict.fromkeys(row["method"] for row in results))
+    seen = sorted({row["images"] for row in results})
+    lines, files = [], [folder / "history.csv"]
+    save_csv(files[0], results, ["method", "images", *metrics])
+    for metric in metrics:
+        values = {(row["method"], row["images"]): row[metric] for row in results}
+        lines.append(f"{HEADINGS[metric]} at\n" + table(
+            [dict(images_seen=n, **{m: values.get((m, n)) for m in methods}) for n in seen],
+            {m: m for m in methods}, "images_seen"))
+
+        def draw(axes):
+            for method in methods:
+                points = [(n, values[method, n]) for n in seen if (method, n) in values]
+                axes.plot(*zip(*points), "o-", color=COLOURS.get(method), label=NAMES.get(method, method))
+            if max(values.values()) > 10 * min(values.values()) > 0:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:g}")
+
+        files += save_figure(folder / f"history-{metric}.png", draw, xlabel="training images seen",
+                             ylabel=HEADINGS[metric])
+    return "\n\n".join(lines), files
+
+
+def write_neighbours(folder, kind, results, edge, name):
+    """Fig. 6, the pictures of Figs. 7 and 11-13, all distances -> a table with the verdict; the files."""
+    files = [folder / f"nearest-{kind}.csv"]
+    save_csv(files[0], [dict(method=row["method"], item=int(i), distance=d, neighbour=int(j))
+                        for row in results
+                        for i, d, j in zip(row["items"], row["distances"], row["neighbours"])],
+             ["method", "item", "distance", "neighbour"])
+    for row in results:
+        if "picture" in row:
+            files.append(folder / f"nearest-{kind}-{row['method']}.png")
+            twosdm.save_picture(files[-1], row.pop("picture"), least=800)
+
+    def draw(axes):
+        bins = np.linspace(0, max(row["distances"].max() for row in results) or 1, 41)
+        for row in results:
+            weights = np.full(len(row["distances"]), 1 / len(row["distances"]))
+            axes.hist(row["distances"], bins, weights=weights, histtype="step", linewidth=1.5,
+                      color=COLOURS.get(row["method"], "black" if row["method"] == "training" else None),
+                      label=NAMES.get(row["method"], row["method"]))
+        axes.axvline(edge, color="black", linestyle=":", linewidth=1)
+
+    files += save_figure(folder / f"nearest-{kind}.png", draw, ylabel="share",
+                         xlabel=f"distance to the nearest training image\n{name}")
+    for row in results:
+        row["median"] = float(np.median(row["distances"]))
+        row["smallest"] = float(row["distances"].min())
+    return table(results, {"smallest": "smallest", "median": "median", "copies": "copies"}), files
+
+
+# ============================================================================================================
+# 7 The command line
+# ============================================================================================================
+
+def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     at_least = sample.add_sampling_flags(parser)
     add = parser.add_argument
     add("--method", nargs="+", choices=list(sample.METHODS),
         help="what to compare (default: all that are trained)")
-    add("--n", type=at_least(2, int),
-        help="images per method (default: 1000 on shapes and folders, otherwise 50000)")
-    add("--metrics", default="fid,sfid,is,precision,recall", help="comma-separated (default: %(default)s)")
-    add("--inception-weights", help="the public Inception file (default: downloaded once)")
-    add("--json", metavar="FILE", help="also write this evaluation as JSON; - prints it instead of the table")
+    add("--n", type=at_least(2, int), help="images per method (default: 1000 on shapes and folders, "
+        "otherwise 50000; with --history 20000, with --nearest 100)")
+    add("--metrics", help=f"some of {','.join(METRICS)} (default: all; with --history fid)")
+    add("--images", metavar="PATH",
+        help="evaluate these instead of runs: a folder, a zip, or an .npz with arr_0")
+    add("--reference", metavar="PATH", help="compare with these images, or with an .npz of statistics: "
+        "EDM's, OpenAI's, --save-reference's (default: the training images, the run's or those of --data)")
+    add("--save-reference", metavar="FILE", help="write the reference's statistics, and features of 10,000 "
+        "of its images, as .npz; that is all, unless --images or --method is given")
+    add("--history", action="store_true", help="the metrics at every snapshot of image model and baseline "
+        "(train.py --snapshots), with the newest prior: table, CSV and figure")
+    add("--nearest", choices=("lpips", "clip", "pixel"), help="instead of metrics the nearest training "
+        "images of each sample: pictures, CSV, histogram, and the share of samples that look like copies")
+    add("--resolution", type=at_least(2, int), help="side to which images in folders of --images and "
+        "--reference are resized (default: none if all are squares of one size)")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read instead of stopping")
+    add("--inception-weights", help="the public Inception file (default: downloaded once). Shapes have a "
+        "classifier of their own in its place: with --images if --dataset shapes is given, or if sample.py "
+        "made the folder from shapes")
+    add("--lpips-weights", nargs=2, metavar=("LINEAR", "TRUNK"), help="LPIPS's alex.pth and torchvision's "
+        "AlexNet (default: downloaded once)")
+    add("--out", metavar="FOLDER", help="for what --history and --nearest write (default: the run's)")
+    add("--json", metavar="FILE",
+        help="also write this evaluation as JSON; - prints it instead of the table")
     args = parser.parse_args()
-    metrics = [m.strip().lower() for m in args.metrics.split(",")]
-    if unknown := [m for m in metrics if m not in METRICS]:
+    args.metrics = [m.strip().lower() for m in (args.metrics or (
+        "fid" if args.history else ",".join(METRICS))).split(",")]
+    if unknown := [m for m in args.metrics if m not in METRICS]:
         raise UserError(f"--metrics {unknown[0]} is unknown: choose among {','.join(METRICS)}")
-    sample.same_dataset(args)
-    device = twosdm.pick_device(args.device)
+    if args.history and (args.nearest or args.checkpoint):
+        raise UserError("--history evaluates all snapshots of a run: leave --nearest and --checkpoint away")
+    if args.images and (args.method or args.checkpoint or args.history):
+        raise UserError("--images evaluates these alone: leave --method, --checkpoint and --history away")
+    if args.images and args.n and not args.nearest:
+        raise UserError("--images evaluates all of them: leave --n away")
+    if args.images and not args.dataset:
+        with contextlib.suppress(OSError, ValueError, KeyError):      # of sample.py
+            args.dataset = json.loads(Path(args.images, "settings.json").read_text())["dataset"]
+    if not args.images and (args.method or not (args.save_reference and args.reference)):
+        sample.same_dataset(args)
+    return args
 
-    methods = args.method or [m for m, stages in sample.METHODS.items() if all(
-        stage in sample.load_given(args.checkpoint) or list(
-            Path(args.runs).glob(f"{args.dataset or '*'}/{stage}/checkpoint.pt")) for stage in stages)]
+
+@dataclass
+class Task:
+    """(description, Source) of each candidate, made when its turn comes; and what they are compared with."""
+    candidates: Iterable
+    training: Source | None
+    dataset: str | None                                       # None: images of no run
+    config: dict
+    resolution: int | None
+    folder: Path                                              # of caches and results
+
+
+def find_task(args, device):
+    """What the flags mean. Raises UserError."""
+    resolution, config, pipelines, autoencoder = args.resolution, None, (), None
+    if args.images:
+        source = open_images(args.images, args.resolution)
+        resolution, config = source.resolution, run_config(args)
+    elif args.save_reference and not args.method:
+        config = run_config(args)
+    else:
+        pipelines = find_pipelines(args, device)
+        if not args.history:                                  # a missing run is said before hours of sampling
+            pipelines = iter(list(pipelines))
+        first = next(pipelines)
+        pipelines = itertools.chain([first], pipelines)
+        resolution, autoencoder = first.shape[0], first.autoencoder
+        config = dict(first.main["config"], dataset=args.dataset or first.main["dataset"])
+    dataset = config["dataset"] if config else args.dataset
+    try:
+        images, training = training_images(args, config, resolution, autoencoder)
+    except UserError:
+        if not args.reference:
+            raise
+        images = training = None                              # not needed
+    if training and resolution not in (None, training.resolution):
+        if not args.reference:
+            raise UserError(f"the training images have {training.resolution}x{training.resolution} pixels, "
+                            f"not {resolution}x{resolution}: compare images of one size")
+        images = training = None
+    n = args.n or (100 if args.nearest else 1000 if dataset in ("shapes", "folder") else
+                   20_000 if args.history else 50_000)
+
+    def candidates():
+        if args.images:
+            yield dict(method=Path(args.images).name, images=str(args.images)), source
+        if dataset == "shapes" and images and pipelines and not args.history:
+            yield dict(method="real"), from_world(images, twosdm.TrainConfig(**config), n)
+        for pipeline in pipelines:
+            if images and pipeline.data["fingerprint"] not in (None, images.fingerprint):
+                raise UserError("the training images are not those of all the runs: give theirs with --data, "
+                                "or --dataset")
+            progress = dict(images=pipeline.main["seen"]) if args.history else {}
+            yield dict(pipeline.describe(), **progress), from_pipeline(pipeline, args.seed, n)
+
+    args.resolution = resolution or (training and training.resolution)        # for folders of --reference
+    return Task(candidates(), training, dataset, config or {}, args.resolution,
+                Path(args.runs) / (dataset or "images"))
+
+
+def find_pipelines(args, device):
+    """The methods to compare; with --history a pipeline for each snapshot, made when its turn comes."""
+    given = sample.load_given(args.checkpoint)
+
+    def trained(method):
+        with contextlib.suppress(UserError):
+            return all(stage in given or sample.find_run(args, stage)
+                       for stage in sample.stages(method, args.y))
+
+    methods = args.method or [
+        m for m in sample.METHODS if trained(m) and not (args.history and m == "oracle")]
     if not methods:
         raise UserError(f"{args.runs} has no trained models: run python train.py first, or give --runs")
-    pipelines = [sample.Pipeline(args, method, device) for method in methods]
-    saved = dict(pipelines[0].main["config"], runs=args.runs)
-    dataset, folder = saved["dataset"], Path(args.runs) / saved["dataset"]
-    n = args.n or (1000 if dataset in ("shapes", "folder") else 50_000)
-    seeds = list(range(args.seed, args.seed + n))
-    if dataset == "shapes":
-        network, label = (WorldFeatures.trained(folder, saved["resolution"], device),
-                          "the world's own classifier")
-    else:
-        try:
-            network, label = InceptionFeatures(args.inception_weights).to(device), "Inception 2015-12-05"
-        except UserError as error:
-            raise UserError(f"--inception-weights: {error}") from None
-    images = twosdm.load_images(twosdm.TrainConfig(**dict(saved, data=args.data or saved["data"])))
-    if any(pipeline.data["fingerprint"] != images.fingerprint for pipeline in pipelines):
-        raise UserError("the training images are not those of all the runs: give theirs with --data, or "
-                        "--dataset")
-    lengths = {seen for p in pipelines for stage, seen in p.describe()["images_seen"].items()
-               if stage != "prior"}
+    for method in methods:
+        if not args.history:
+            yield sample.Pipeline(args, method, device)
+            continue
+        newest, before = sample.find_run(args, sample.stages(method, args.y)[-1]), None
+        for path in [*sorted(newest.parent.glob("snapshot-*.pt")), newest]:
+            at_path = argparse.Namespace(**dict(vars(args), checkpoint=[path]))
+            pipeline = sample.Pipeline(at_path, method, device)
+            if pipeline.main["seen"] != before:               # the last snapshot may be the end of the run
+                before = pipeline.main["seen"]
+                yield pipeline
+
+
+def run_config(args):
+    """The settings of the newest run of --dataset, for what is no run itself; or None."""
+    for stage in ("image", "baseline"):
+        with contextlib.suppress(UserError):
+            if args.dataset:
+                return twosdm.load_checkpoint(sample.find_run(args, stage), stage=stage)["config"]
+
+
+def training_images(args, config, resolution, autoencoder):
+    """The training images of a run or preset: (Images, their Source). Of --data alone: (None, Source)."""
+    if not config and not args.dataset:
+        if args.data:
+            return None, open_images(args.data, resolution)
+        if args.reference:
+            return None, None
+        raise UserError("--images are compared with what? Add --reference PATH, or --dataset to take its "
+                        "training images")
+    config = twosdm.TrainConfig(**config) if config else dataclasses.replace(
+        twosdm.configure(args.dataset), **dict(resolution=resolution) if resolution else {})
+    config = dataclasses.replace(config, runs=args.runs, data=args.data or config.data,
+                                 skip_bad=args.skip_bad or config.skip_bad)
+    images = twosdm.load_images(config, autoencoder)
+    return images, from_pixels("training set", images.pixels, images.fingerprint)
+
+
+def make_network(args, task, device):
+    """What the features come from. The first process downloads or trains it, for the others to find."""
+    network = None
+    for turn in range(2):
+        if bool(twosdm.rank()) == bool(turn):
+            if task.dataset == "shapes":
+                network = WorldFeatures.trained(task.folder, task.resolution, device)
+            else:
+                try:
+                    network = InceptionFeatures(args.inception_weights).to(device)
+                except UserError as error:
+                    raise UserError(f"--inception-weights: {error}") from None
+        twosdm.gather(None)
+    return network
+
+
+def measure(args, task, device):
+    """The metrics of all candidates, each printed or kept as soon as it is there -> (rows, text, files)."""
+    network = make_network(args, task, device)
+    names = sorted({name for metric in METRICS if args.save_reference or metric in args.metrics
+                    for name in METRICS[metric]} - {"logits"})
+    cache = task.folder / "features"
+    real, record = reference(args, network, cache, task.training, names)
+    if args.save_reference and not twosdm.rank():
+        save_arrays(args.save_reference, **real, n=np.array(record["n_real"] or 0),
+                    weights=np.array(network.sha256))
+        print(f"-> {args.save_reference}", file=sys.stderr)
+    metrics = [m for m in args.metrics if m == "is" or all(name in real for name in METRICS[m])]
+    lacking = [HEADINGS[m] for m in args.metrics if m not in metrics]
+    if lacking:
+        print(f"Left out: {', '.join(lacking)}, for which {args.reference} has nothing: give the images "
+              f"themselves, as --reference or as --data", file=sys.stderr)
+    names, rows = sorted({name for metric in metrics for name in METRICS[metric]}), []
+    for described, source in task.candidates if metrics else ():
+        began = time.perf_counter()
+        fake = features(source, network, cache, FAKE_ROWS, names, args.batch, args.skip_bad)
+        if not twosdm.rank():
+            rows.append(dict(score(real, fake, metrics), **described, protocol=dict(
+                dataset=task.dataset, features=network.label, weights=network.sha256, resize=network.resize,
+                **record, n_generated=int(fake["n"]), precision_recall_real=len(real.get("pool", ())),
+                precision_recall_generated=len(fake.get("pool", ())), k=K, is_block=IS_BLOCK,
+                resolution=source.resolution, seed=args.seed),
+                seconds=round(time.perf_counter() - began, 2)))
+            append(args, task, rows[-1])
+    if not rows:
+        return rows, "", []
+    warn(rows, metrics, network)
+    against = record["reference"] if args.reference else f"{record['n_real']} training images"
+    text = (f"{task.dataset or args.images} {source.resolution}x{source.resolution}, "
+            f"{rows[-1]['protocol']['n_generated']} samples against {against}, features of {network.label}\n")
+    if args.history:
+        history, files = write_history(output(args, task), rows, metrics)
+        return rows, text + history, files
+    return rows, text + table(rows, {HEADINGS[m]: m for m in metrics}), []
+
+
+def warn(rows, metrics, network):
+    n = min(row["protocol"]["n_generated"] for row in rows)
+    for name, dims in zip(("fid", "sfid"), network.dims):
+        if name in metrics and n <= dims:
+            print(f"Warning: {n} samples for the {dims} dimensions of {HEADINGS[name]}: it is biased "
+                  f"upwards, compare it at equal n only.", file=sys.stderr)
+    lengths = {n for row in rows for stage, n in row.get("images_seen", {}).items()
+               if stage != "prior" and n and "images" not in row}
     if len(lengths) > 1:
         print(f"Warning: the networks have seen {sorted(lengths)} images: not the same compute.",
               file=sys.stderr)
 
-    protocol = dict(dataset=dataset, features=label, weights=network.sha256, resize="TF1 bilinear to 299"
-                    if dataset != "shapes" else "none", n_real=len(images), n_generated=n, k=3,
-                    is_block=5000, precision_recall_real=min(10_000, len(images)), seed=args.seed,
-                    reference=images.fingerprint, resolution=saved["resolution"])
-    # A subset for precision and recall, drawn at random: files are sorted by name, and so by class.
-    order = np.random.RandomState(0).permutation(len(images))
-    real = cached(
-        folder / "features", ["real, shuffled", network.sha256, images.fingerprint], lambda: extract(
-            (images.pixels[order[i:i + 250]] for i in range(0, len(images), 250)), network, len(images),
-            "training set", keep=10_000, logits=False))
-    sets = [(p.method, p.describe(), p, seeds) for p in pipelines]
-    if dataset == "shapes":                                   # the floor: other images of the same world
-        index = torch.arange(len(images), len(images) + n)
-        sets.insert(0, ("real", dict(method="real"), lambda part: twosdm.shapes_images(
-            index[part], saved["resolution"], saved["seed"]).numpy(), list(range(n))))
-    results = []
-    for method, described, draw, items in sets:
-        began = time.perf_counter()
-        fake = cached(folder / "features", [described, images.fingerprint, args.seed, n, network.sha256],
-                      lambda: extract((draw(items[i:i + args.batch]) for i in range(0, n, args.batch)),
-                                      network, n, method))
-        results.append(dict(score(real, fake, metrics), **described, protocol=protocol,
-                            seconds=round(time.perf_counter() - began, 2)))
-    with twosdm.user_errors(f"{folder / 'results.jsonl'} cannot be written"), open(
-            folder / "results.jsonl", "a") as file:           # grows: no evaluation is ever lost
-        file.writelines(json.dumps(row) + "\n" for row in results)
-    if args.json == "-":
-        print(json.dumps(results, indent=1))
+
+def append(args, task, row):
+    """Adds a line to the run's results.jsonl, which grows: no evaluation is ever lost."""
+    if not args.images:
+        path = task.folder / "results.jsonl"
+        with twosdm.user_errors(f"{path} cannot be written"), open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def output(args, task):
+    return Path(args.out) if args.out else task.folder
+
+
+def find_copies(args, task, device):
+    """--nearest -> (rows, text, files)."""
+    gallery = task.training
+    if args.reference:
+        if Path(args.reference).suffix == ".npz" and "arr_0" not in np.load(args.reference).files:
+            raise UserError(f"--nearest needs images, and {args.reference} has statistics only")
+        gallery = open_images(args.reference, args.resolution)
+    if args.nearest == "lpips" and task.resolution < 31:
+        raise UserError(f"LPIPS needs 31x31 pixels, these images have {task.resolution}x{task.resolution}: "
+                        f"use --nearest clip or --nearest pixel")
+    how = embedding(args, args.nearest, task.dataset, task.config, device)
+    results, edge, name = compare_neighbours(args, task.candidates, gallery, how)
+    if twosdm.rank():
+        return [], "", []
+    text, files = write_neighbours(output(args, task), args.nearest, results, edge, name)
+    protocol = dict(dataset=task.dataset, metric=name, n_real=gallery.n, reference=gallery.name,
+                    reference_key=gallery.key, quantile=QUANTILE, seed=args.seed, resolution=task.resolution)
+    rows = []
+    for row in results:
+        rows.append(dict({key: x for key, x in row.items() if not isinstance(x, np.ndarray)},
+                         nearest=args.nearest, protocol=dict(protocol, n_generated=len(row["items"]))))
+        append(args, task, rows[-1])
+    return rows, (f"{name}: distance to the nearest of {gallery.n} training images. copies: the share "
+                  f"of samples nearer to\none than 95 % of training images are to another; {QUANTILE} is "
+                  f"chance, 1 is a copier\n{text}"), files
+
+
+def main():
+    args = parse()
+    device = twosdm.pick_device(args.device)
+    twosdm.join_processes(device)
+    task = find_task(args, device)
+    rows, text, files = (find_copies if args.nearest else measure)(args, task, device)
+    if twosdm.rank() or not rows:
         return 0
-    print(f"{dataset} {saved['resolution']}x{saved['resolution']}, "
-          f"{n} samples against {len(images)} training images, features of {label}"
-          + (" (not comparable with Inception's)" if dataset == "shapes" else ""))
-    print(table(results, metrics))
-    print(f"-> {folder / 'results.jsonl'}", file=sys.stderr)
-    for name, dims in ("fid", len(real["mu"])), ("sfid", len(real["mu_s"])):
-        if name in metrics and n <= dims:
-            print(f"Warning: {n} samples for the {dims} dimensions of {HEADINGS[name]}: it is biased "
-                  f"upwards, compare it at equal n only.", file=sys.stderr)
-    if args.json:
-        with twosdm.user_errors(f"{args.json} cannot be written"):
-            fresh = Path(args.json + ".new")
-            fresh.write_text(json.dumps(results, indent=1))
-            os.replace(fresh, args.json)
+    print(json.dumps(rows, indent=1) if args.json == "-" else text)
+    if args.json not in (None, "-"):
+        with twosdm.written(args.json) as fresh:
+            fresh.write_text(json.dumps(rows, indent=1))
+    for file in files if args.images else [*files, task.folder / "results.jsonl"]:
+        print(f"-> {file}", file=sys.stderr)
     return 0
 
 

@@ -1,0 +1,324 @@
+"""evaluate.py as a user runs it: images and references, processes, neighbours, histories, bad input."""
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import sample
+import twosdm
+from test_metrics import public_layout, weights_file          # noqa: F401, fixtures
+from twosdm import UserError
+
+ROOT = Path(evaluate.__file__).parent
+TINY = ("--size 64 --resolution 8 --batch 8 --images 48 --lr-ramp 16 --log 16 --save 16 --preview 0 "
+        "--snapshots 16 --steps 2 --prior-width 16 --prior-depth 1 --prior-heads 2 --width 8 --mults 1,2 "
+        "--blocks 1 --attention 4").split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the scripts' processes: only on as many threads are sums split alike, to the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def quick_classifier(monkeypatch):
+    monkeypatch.setattr(evaluate.WorldFeatures.fit.__func__, "__defaults__", (256, 1, 64))
+
+
+class SmallInception(evaluate.WorldFeatures):
+    """In Inception's place where only the plumbing is tested: its metrics take milliseconds."""
+    label = evaluate.InceptionFeatures.label
+
+    def __init__(self, weights=None):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            super().__init__()
+        self.sha256 = "small"
+        self.eval()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(evaluate, "InceptionFeatures", SmallInception)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The tiny runs of all stages on the embedded world, with snapshots at 16, 32 and 48 images."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = subprocess.run([sys.executable, ROOT / "train.py", *TINY], cwd=folder, capture_output=True,
+                          text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    return folder / "runs"
+
+
+@pytest.fixture
+def rows(call, tmp_path):
+    """rows(flags) -> what an evaluation writes as --json, after it has ended well."""
+    def evaluated(*flags):
+        code, out, err = call(evaluate, *flags, "--json", tmp_path / "rows.json", cwd=tmp_path)
+        assert code == 0, err
+        return json.loads((tmp_path / "rows.json").read_text())
+
+    return evaluated
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two sets of 14 pictures of 20 x 20 as folders a and b and as a.npz and b.npz."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed, name in enumerate("ab"):
+        pixels = twosdm.shapes_images(torch.arange(14) + 100 * seed, 20).numpy()
+        np.savez(folder / f"{name}.npz", arr_0=pixels)
+        (folder / name).mkdir()
+        for i, image in enumerate(pixels):
+            Image.fromarray(image).save(folder / name / f"{i:06d}.png")
+    return folder
+
+
+def values(row):
+    return {name: row[name] for name in (*evaluate.METRICS, "is_std") if name in row}
+
+
+def refused(result, *words):
+    """Whether a call ended in one sentence with these words, without a traceback."""
+    code, out, err = result
+    last = err.strip().splitlines()[-1]
+    assert code in (1, 2) and "error: " in last and "Traceback" not in err, result
+    for word in words:
+        assert word in last, (word, last)
+
+
+# ------------------------------------------------------------------------------------- images and references
+
+
+def test_a_folder_and_an_array_of_the_same_images_give_the_same_values_also_from_the_cache(
+        pictures, weights_file, rows, monkeypatch):
+    flags = ["--inception-weights", weights_file, "--batch", 4]
+    folder, = rows(*flags, "--images", pictures / "a", "--reference", pictures / "b")
+    array, = rows(*flags, "--images", pictures / "a.npz", "--reference", pictures / "b.npz")
+    assert len(values(folder)) == 6 and values(folder) == values(array)
+    assert all(np.isfinite(x) and x >= 0 for x in values(folder).values())
+    protocol = folder["protocol"]
+    assert [protocol[k] for k in ("n_generated", "n_real", "k", "resolution")] == [14, 14, 3, 20]
+    assert protocol["features"] == "Inception 2015-12-05" and len(protocol["weights"]) == 8
+
+    def unwanted(*_):
+        raise AssertionError("a cached set was looked at again")
+
+    monkeypatch.setattr(evaluate.InceptionFeatures, "forward", unwanted)
+    some, = rows(*flags, "--images", pictures / "a", "--reference", pictures / "b", "--metrics", "is,recall",
+                 "--batch", 7)
+    assert values(some) == {name: folder[name] for name in ("is", "is_std", "recall")}
+
+
+def test_a_saved_reference_is_as_good_as_its_images(pictures, small, rows, call, tmp_path):
+    direct, = rows("--images", pictures / "a", "--reference", pictures / "b")
+    code, out, err = call(evaluate, "--reference", pictures / "b", "--save-reference", "b-ref.npz",
+                          cwd=tmp_path)
+    assert code == 0 and not out, err
+    with np.load(tmp_path / "b-ref.npz") as saved:
+        assert set(saved.files) == {"mu", "sigma", "mu_s", "sigma_s", "pool", "n", "weights"}
+    by_file, = rows("--images", pictures / "a", "--reference", "b-ref.npz")
+    assert values(by_file) == values(direct) and by_file["protocol"]["n_real"] == 14
+
+
+def test_the_formats_of_edm_and_openai_load(pictures, small, rows, call, tmp_path):
+    flags = ["--images", pictures / "a"]
+    direct, = rows(*flags, "--reference", pictures / "b")
+    call(evaluate, "--reference", pictures / "b", "--save-reference", "ref.npz", cwd=tmp_path)
+    ours = np.load(tmp_path / "ref.npz")
+    statistics = {name: ours[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    np.savez(tmp_path / "VIRTUAL.npz", **statistics, arr_0=np.load(pictures / "b.npz")["arr_0"])
+    openai, = rows(*flags, "--reference", "VIRTUAL.npz")
+    assert values(openai) == values(direct)
+    np.savez(tmp_path / "edm.npz", mu=ours["mu"], sigma=ours["sigma"])
+    code, out, err = call(evaluate, *flags, "--reference", "edm.npz", cwd=tmp_path)
+    assert code == 0 and "Left out: sFID, precision, recall" in err
+    assert out.splitlines()[1].split() == ["method", "FID", "IS"]
+    both, = rows(*flags, "--reference", "edm.npz", "--data", pictures / "b")
+    assert values(both) == values(direct)
+
+
+def test_a_folder_of_samples_is_evaluated_as_the_run_that_drew_it(runs, rows, call, tmp_path):
+    own = rows("--runs", runs, "--method", "baseline", "--n", 20)[-1]
+    assert call(sample, "--runs", runs, "--method", "baseline", "--n", 20, "--out", "drawn", "--npz",
+                cwd=tmp_path)[0] == 0
+    drawn, = rows("--runs", runs, "--images", "drawn")        # beside a grid, which is no sample
+    assert values(drawn) == pytest.approx(values(own), rel=1e-6)
+    assert "world's own classifier" in drawn["protocol"]["features"]
+    array, = rows("--runs", runs, "--images", "drawn/samples.npz", "--dataset", "shapes")
+    assert values(array) == values(drawn)
+
+
+def test_mixed_and_broken_pictures_are_as_in_training(pictures, small, rows, call, tmp_path):
+    shutil.copytree(pictures / "a", tmp_path / "odd")
+    Image.new("LA", (30, 24), (90, 200)).save(tmp_path / "odd" / "grey.png")
+    flags = ["--images", "odd", "--reference", pictures / "b"]
+    refused(call(evaluate, *flags, cwd=tmp_path), "odd holds images of several sizes", "--resolution")
+    assert rows(*flags, "--resolution", 20)[0]["protocol"]["n_generated"] == 15
+    (tmp_path / "odd" / "grey.png").write_bytes(b"\x89PNG")
+    for _ in range(2):                                        # also when all else is in the cache
+        refused(call(evaluate, *flags, cwd=tmp_path), "grey.png", "--skip-bad")
+        row, = rows(*flags, "--skip-bad")
+        assert row["protocol"]["n_generated"] == 14
+    direct, = rows("--images", pictures / "a", "--reference", pictures / "b")
+    assert values(row) == pytest.approx(values(direct), rel=1e-5)
+    assert not list((tmp_path / "runs").rglob("*.u8"))        # no cache of pixels
+
+
+def test_what_cannot_be_evaluated_is_refused_in_one_sentence(pictures, small, call, tmp_path):
+    pixels = np.load(pictures / "a.npz")["arr_0"]
+    mixed = np.empty(2, object)
+    mixed[:] = [pixels[0], pixels[1, :9, :9]]
+    mu, sigma = np.zeros(64), np.eye(64)
+    hole = sigma.copy()
+    hole[3, 5] = np.nan
+    for name, content, words in (
+            ("mixed", dict(arr_0=mixed), ["several sizes"]), ("dtype", dict(arr_0=pixels / 255), ["float64"]),
+            ("layout", dict(arr_0=pixels.transpose(0, 3, 1, 2)), ["(14, 3, 20, 20)"]),
+            ("nothing", dict(other=mu), ["lacks mu", "other"]), ("half", dict(mu=mu), ["lacks sigma"]),
+            ("hole", dict(mu=mu, sigma=hole), ["sigma", "NaN"]),
+            ("dims", dict(mu=mu[:9], sigma=sigma[:9, :9]), ["(9,)", "another network"]),
+            ("weights", dict(mu=mu, sigma=sigma, weights="01234567"), ["01234567"]),
+            ("size", dict(arr_0=pixels[:, :9, :9]), ["9x9, not 20x20"])):
+        np.savez(tmp_path / f"{name}.npz", **content)
+        refused(call(evaluate, "--images", pictures / "a", "--reference", f"{name}.npz", cwd=tmp_path),
+                f"{name}.npz", *words)
+    (tmp_path / "cut.npz").write_bytes((pictures / "a.npz").read_bytes()[:500])
+    for name, words in ("cut", ["cut.npz"]), ("hole", ["arr_0"]), ("absent", ["absent.npz"]):
+        refused(call(evaluate, "--images", f"{name}.npz", "--reference", pictures / "b", cwd=tmp_path),
+                *words)
+    refused(call(evaluate, "--images", pictures / "a", cwd=tmp_path), "--reference")
+    np.savez(tmp_path / "few.npz", arr_0=pixels[:3])
+    refused(call(evaluate, "--images", "few.npz", "--reference", pictures / "b", cwd=tmp_path),
+            "k = 3 generated images, got 3")
+    refused(call(evaluate, "--images", pictures / "a", "--history", cwd=tmp_path), "--history")
+    refused(call(evaluate, "--images", pictures / "a", "--reference", "dims.npz", "--nearest", "pixel",
+                 cwd=tmp_path), "statistics only")
+
+
+# ------------------------------------------------------------------------------- interruptions and processes
+
+
+def test_an_interrupted_extraction_goes_on_with_what_is_missing(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+    network, read = evaluate.WorldFeatures().eval(), []
+    network.sha256 = "none"
+
+    def interrupted(spans):
+        for span in spans:
+            if len(read) == 3:
+                read.append("stopped")
+                raise KeyboardInterrupt
+            read.append(span.start)
+            yield pixels[span], []
+
+    source = evaluate.Source("set", 40, 8, ["test"], interrupted)
+    flags = network, tmp_path, 10_000, list(evaluate.METRICS["fid"])
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.features(source, *flags, batch=8)
+    continued = evaluate.features(source, *flags, batch=8)
+    assert read == [0, 8, 16, "stopped", 24, 32]
+    whole = evaluate.features(evaluate.from_pixels("set", pixels, "0"), *flags, batch=8)
+    assert all(np.array_equal(continued[name], whole[name]) for name in whole)
+    pool = network(torch.from_numpy(pixels).permute(0, 3, 1, 2))["pool"].double().numpy()
+    assert abs(whole["mu"] - pool.mean(0)).max() < 1e-6 and abs(whole["sigma"] - np.cov(pool.T)).max() < 1e-6
+
+
+def test_two_processes_give_the_numbers_of_one(runs, rows, tmp_path):
+    flags = ["--runs", "copy", "--n", "20", "--batch", "4", "--method", "2sdm", "baseline"]
+    nearest = ["--runs", "copy", "--n", "6", "--batch", "4", "--method", "baseline", "--nearest", "clip"]
+    shutil.copytree(runs, tmp_path / "copy")
+    evaluate.WorldFeatures.trained(tmp_path / "copy" / "shapes", 8)
+    for number, some in enumerate((flags, nearest)):
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+             ROOT / "evaluate.py", *some, "--json", f"two-{number}.json"], cwd=tmp_path, capture_output=True,
+            text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+        assert done.returncode == 0 and done.stdout.count("method") == 1, done.stderr
+    shutil.rmtree(tmp_path / "copy" / "shapes" / "features", ignore_errors=True)
+    one, two = rows(*flags), json.loads((tmp_path / "two-0.json").read_text())
+    assert [row["method"] for row in two] == ["real", "2sdm", "baseline"]
+    for one, two in zip(one, two):                            # float32 networks differ in the last bit
+        assert values(one) == pytest.approx(values(two), rel=1e-6, abs=1e-9)
+    for one, two in zip(rows(*nearest), json.loads((tmp_path / "two-1.json").read_text())):
+        assert [one[k] for k in ("copies", "median", "smallest")] == pytest.approx(
+            [two[k] for k in ("copies", "median", "smallest")], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------ neighbours and history
+
+
+ARGS = SimpleNamespace(n=None, batch=64, seed=0, skip_bad=False)
+
+
+@pytest.mark.parametrize("kind", ["pixel", "clip"])
+def test_copies_are_all_recognised_and_fresh_images_look_like_chance(kind, runs):
+    world = twosdm.shapes_images(torch.arange(2500), 16).numpy()
+    training = evaluate.from_pixels("training set", world[:2000], "0")
+    fresh = evaluate.from_pixels("fresh", world[2000:], "1")
+    copies = evaluate.from_pixels("copies", world[500:1000], "2")
+    flags = SimpleNamespace(dataset="shapes", runs=runs, y="clip", prompt=None)
+    how = evaluate.embedding(flags, kind, "shapes", {}, torch.device("cpu"))
+    (black, *results), edge, _ = evaluate.compare_neighbours(
+        SimpleNamespace(**dict(vars(ARGS), n=500)), [(dict(method=s.name), s) for s in (fresh, copies)],
+        training, how)
+    assert results[1]["copies"] == 1 and (results[1]["distances"] == 0).all()
+    assert (results[1]["neighbours"] == np.arange(500, 1000)).all()
+    assert 0.01 < results[0]["copies"] < 0.10 and (results[0]["distances"] > 0).all()
+    assert abs(black["copies"] - 0.05) < 0.005 and (black["distances"] > 0).all()
+    assert (black["neighbours"] != black["items"]).all()
+
+
+def test_neighbours_are_written_as_pictures_distances_and_a_verdict(runs, call, tmp_path):
+    code, out, err = call(evaluate, "--runs", runs, "--nearest", "clip", "--n", 9, "--out", tmp_path / "out",
+                          cwd=tmp_path)
+    assert code == 0, err
+    names = [f"nearest-clip-{method}.png" for method in ("real", "2sdm", "oracle", "baseline")]
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"nearest-clip.csv", *names}
+    assert Image.open(tmp_path / "out" / names[0]).width >= 800
+    table = list(csv.DictReader((tmp_path / "out" / "nearest-clip.csv").open()))
+    assert len(table) == 5 * 9 and {row["method"] for row in table} >= {"training", "2sdm"}
+    assert re.search(r"^2sdm +[\d.]+ +[\d.]+ +[\d.]+$", out, re.M)
+    last = json.loads((runs / "shapes" / "results.jsonl").read_text().splitlines()[-1])
+    assert last["nearest"] == "clip" and 0 <= last["copies"] <= 1 and last["protocol"]["n_generated"] == 9
+    refused(call(evaluate, "--runs", runs, "--nearest", "lpips", cwd=tmp_path), "31x31", "--nearest clip")
+
+
+def test_history_has_a_value_for_each_snapshot_of_each_method(runs, call, tmp_path, monkeypatch):
+    flags = ["--runs", runs, "--history", "--n", 20, "--metrics", "fid,is", "--out", tmp_path / "out"]
+    code, out, err = call(evaluate, *flags, cwd=tmp_path)
+    assert code == 0, err
+    table = list(csv.DictReader((tmp_path / "out" / "history.csv").open()))
+    assert [(row["method"], int(row["images"])) for row in table] == [
+        (method, n) for method in ("2sdm", "baseline") for n in (16, 32, 48)]
+    shown = out[out.index("FID at"):].splitlines()
+    assert shown[1].split() == ["images", "seen", "2sdm", "baseline"]
+    assert [line.split()[0] for line in shown[2:5]] == ["16", "32", "48"]
+    assert float(shown[4].split()[1]) == pytest.approx(float(table[2]["fid"]), abs=1e-3)
+    plain = json.loads(call(evaluate, *flags[:2], "--method", "2sdm", "--n", 20, "--json", "-",
+                            cwd=tmp_path)[1])[1]
+    assert plain["fid"] == pytest.approx(float(table[2]["fid"]), rel=1e-12)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    shutil.rmtree(tmp_path / "out")
+    code, out, err = call(evaluate, *flags, cwd=tmp_path)
+    assert code == 0 and "pip install matplotlib" in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["history.csv"]
+    refused(call(evaluate, *flags, "--checkpoint", "x.pt", cwd=tmp_path), "--checkpoint")
