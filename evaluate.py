@@ -501,6 +501,7 @@ class Source:
     resolution: int
     key: list
     read: Callable
+    timing: Callable = lambda: None               # of the drawing of samples
 
 
 def from_pixels(name, pixels, fingerprint):
@@ -514,7 +515,8 @@ def from_pipeline(pipeline, seed, n):
     def read(spans):
         return ((pipeline(list(range(seed + span.start, seed + span.stop))), []) for span in spans)
 
-    return Source(pipeline.method, n, pipeline.shape[0], [pipeline.describe(), seed, n], read)
+    key = [pipeline.describe(), seed, n]
+    return Source(pipeline.method, n, pipeline.shape[0], key, read, pipeline.timing)
 
 
 def from_world(images, config, n):
@@ -536,7 +538,7 @@ def from_files(path, resolution=None):
     """
     entries = twosdm.list_images(path)[0]
     if (Path(path) / "settings.json").is_file():              # a folder of sample.py: its grid is no sample
-        entries = [entry for entry in entries if entry.name != "grid.png"]
+        entries = [entry for entry in entries if not entry.name.startswith("grid")]
     side = resolution or common_side(path, entries)
     if not side:
         raise UserError(f"{path} holds images of several sizes, or not square: say with --resolution what "
@@ -1017,6 +1019,166 @@ def write_neighbours(folder, kind, results, edge, name):
     return table(results, {"smallest": "smallest", "median": "median", "copies": "copies"}), files
 
 
+# Table 1 of the paper (Table 4 for its Overfit-2SDM): IS, precision, recall, FID, sFID of 50,000 samples.
+PAPER = {
+    "afhq": {"EDM": (8.91, .752, .614, 2.04, 13.7), "2SDM": (10.00, .844, .619, 1.56, 13.7),
+             "Overfit-2SDM": (10.70, .977, .869, 1.16, 10.6)},
+    "ffhq": {"EDM": (3.33, .697, .569, 2.46, 4.90), "2SDM": (3.47, .721, .697, 2.32, 4.98),
+             "Overfit-2SDM": (3.37, .695, .552, 3.33, 5.37)},
+    "imagenet": {"EDM": (11.3, .523, .524, 35.1, 9.14), "2SDM": (15.6, .614, .526, 21.0, 5.59)},
+    "imagenet-class": {"EDM": (13.6, .530, .532, 25.4, 6.50), "2SDM": (17.3, .541, .573, 17.4, 4.63)},
+    "imagenet-latent": {"EDM": (40.4, .532, .610, 34.2, 9.59), "2SDM": (52.1, .590, .603, 24.3, 7.36)}}
+# Table 3, from scratch; its values fit 20,000 samples (inferred). FID of EDM, 2SDM, oracle.
+PAPER_ORACLE = {"afhq": (3.53, 1.83, 1.57), "ffhq": (6.39, 4.73, 4.35), "imagenet-class": (26.5, 18.1, 19.7)}
+# Table 5, on a V100: ms per image and FID of EDM, 2SDM, 2SDM with less steps.
+PAPER_TIME = {"afhq": ((789, 2.04), (824, 1.56), (784, 1.58)),
+              "ffhq": ((789, 2.46), (824, 2.32), (784, 2.32))}
+ORDER = ("IS", "precision", "recall", "FID", "sFID")
+
+
+def title(row):
+    """What the paper calls the method of a row of results, with all in which it is another than the usual."""
+    y, parts = row.get("y", "clip"), list(row.get("tags", ()))
+    if row["method"] == "2sdm" and y.startswith("kmeans"):
+        parts.insert(0, f"K = {y[7:]}")
+    elif y != "clip" and row["method"] in ("2sdm", "oracle"):
+        parts.insert(0, y)
+    if row.get("image_steps") != row.get("steps"):
+        parts.append(f"{row['image_steps']} steps")
+    for name, sign in (("guidance", "W"), ("temperature", "T")):
+        if row.get(name, 1) != 1:
+            parts.append(f"{sign} = {row[name]:g}")
+    if row.get("label") is not None or row.get("prompt"):
+        parts.append(row.get("prompt") or f"class {row['label']}")
+    name = {"2sdm": "Class-cond" if y.startswith("kmeans") else "2SDM", "oracle": "2SDM + oracle",
+            "baseline": "EDM", "joint": "Overfit-2SDM", "real": "other real images"}[row["method"]]
+    return name + f" ({', '.join(parts)})" * bool(parts)
+
+
+def read_results(paths):
+    """Rows of results.jsonl files -> {(data set, samples): {title: [the last row of each training run]}}.
+
+    A run is told by file and training seed: several seeds are averaged. Of a run's history the end counts.
+    """
+    found = {}
+    for path in paths:
+        for line in Path(path).read_text().splitlines():
+            row = json.loads(line)
+            if "protocol" not in row or "nearest" in row or "fid" not in row:
+                continue
+            runs = found.setdefault((row["protocol"]["dataset"], row["protocol"]["n_generated"]), {})
+            run = runs.setdefault(title(row), {}), (str(path), row.get("train_seed"))
+            if trained_on(row) >= trained_on(run[0].get(run[1], row)):
+                run[0][run[1]] = row
+    return {key: {name: list(rows.values()) for name, rows in runs.items()} for key, runs in found.items()}
+
+
+def trained_on(row):
+    """The images that the network which draws the pixels has seen."""
+    return max((n or 0 for stage, n in row.get("images_seen", {}).items() if stage != "prior"), default=0)
+
+
+def spread(values, digits):
+    """Numbers, of which some may be None -> "mean ± standard deviation"; one number stands alone."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "–"
+    text = f"{np.mean(values):.{digits}f}"
+    return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def markdown(headings, rows):
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def tables(paths):
+    """Tables 1, 3, 4 and 5 from all evaluations in results.jsonl files, beside the paper's, as Markdown."""
+    keys, text = dict(zip(ORDER, ("is", "precision", "recall", "fid", "sfid"))), []
+    for (dataset, n), methods in read_results(paths).items():
+        seeds = sorted({row.get("train_seed") for rows in methods.values() for row in rows} - {None})
+        devices = sorted({row["machine"] for rows in methods.values() for row in rows if "machine" in row})
+        text.append(f"## {dataset}: {n:,} samples, training seeds {', '.join(map(str, seeds)) or 'unknown'}, "
+                    f"on {', '.join(devices) or 'unknown'}")
+        rows = [[name, *(spread([row.get(key) for row in runs], 3 if "r" in key else 1 if key == "is" else 2)
+                         for key in keys.values()), str(len(runs))] for name, runs in methods.items()]
+        rows += [[f"{name}, paper, n = 50,000", *(f"{x:g}" for x in values), ""]
+                 for name, values in PAPER.get(dataset, {}).items()]
+        text.append("Tables 1 and 4\n\n" + markdown(["", *ORDER, "runs"], rows))
+        if gains := improvements(dataset, methods):
+            text.append("Table 3\n\n" + markdown(
+                ["", "FID EDM", "2SDM", "oracle", "improvement", "oracle's", "ratio"], gains))
+        timed = [[name, spread([row["timing"]["ms_per_image"] for row in runs if row.get("timing")], 1),
+                  spread([100 * row["timing"]["prior_share"] for row in runs if row.get("timing")], 1) + " %",
+                  spread([row["fid"] for row in runs], 2)]
+                 for name, runs in methods.items() if any(row.get("timing") for row in runs)]
+        timed += [[f"{name}, paper (V100)", str(ms), "", f"{fid:g}"] for name, (ms, fid) in zip(
+            ("EDM", "2SDM", "2SDM (38 steps)"), PAPER_TIME.get(dataset, ()))]
+        if timed:
+            text.append("Table 5\n\n" + markdown(["", "ms per image", "the prior's share", "FID"], timed))
+    return "\n\n".join(text)
+
+
+def improvements(dataset, methods):
+    """The rows of Table 3: by how much of EDM's FID 2SDM and the oracle are lower."""
+    def by_seed(name):
+        return {row.get("train_seed"): row["fid"] for row in methods.get(name, ())}
+
+    edm, ours, oracle = by_seed("EDM"), by_seed("2SDM"), by_seed("2SDM + oracle")
+    cases = [("here", [(edm[s], ours[s], oracle.get(s)) for s in edm if s in ours])]
+    cases += [("paper, from scratch", [PAPER_ORACLE[dataset]])] if dataset in PAPER_ORACLE else []
+    rows = []
+    for name, values in cases:
+        if values:
+            gain = [100 * (1 - b / a) for a, b, c in values]
+            best = [None if c is None else 100 * (1 - c / a) for a, b, c in values]
+            ratio = [100 * g / o for g, o in zip(gain, best) if o]
+            rows.append([name, *(spread(column, 2) for column in zip(*values)),
+                         *(spread(column, 1) + " %" for column in (gain, best, ratio))])
+    return rows
+
+
+def write_figure_4(paths, folder):
+    """FID of the oracle against the dimension of y, one curve per reduction and budget -> text, files."""
+    points = {}
+    for path in paths:
+        for line in Path(path).read_text().splitlines():
+            row = json.loads(line)
+            y = row.get("y", "clip") if row["method"] == "oracle" else "none"
+            if "fid" not in row or row["method"] not in ("oracle", "baseline") or "protocol" not in row:
+                continue
+            kind, _, size = y.partition(":")
+            size = int(size) if size else 0 if y == "none" else row["y_dim"]
+            for curve in ("pca", "kmeans") if size == 0 else ("pca",) if kind == "clip" else (kind,):
+                key = curve, trained_on(row), row["protocol"]["n_generated"], size
+                points.setdefault(key, {})[str(path), row.get("train_seed")] = row["fid"]
+    if not points:
+        raise UserError("there are no evaluations of the oracle yet: train.py --stage image --y pca:8, then "
+                        "evaluate.py --method oracle --y pca:8, and so on")
+    rows = []
+    for (curve, images, n, size), runs in sorted(points.items()):
+        fids = list(runs.values())
+        rows.append(dict(y=curve, images=images, n=n, dims=size, fid=float(np.mean(fids)), runs=len(fids),
+                         std=float(np.std(fids, ddof=1)) if len(fids) > 1 else 0.0))
+    files = [folder / "figure-4.csv"]
+    save_csv(files[0], rows, ["y", "images", "n", "dims", "fid", "std", "runs"])
+
+    def draw(axes):
+        for curve in dict.fromkeys((row["y"], row["images"], row["n"]) for row in rows):
+            line = [row for row in rows if (row["y"], row["images"], row["n"]) == curve]
+            dims, fid, std = ([row[name] for row in line] for name in ("dims", "fid", "std"))
+            if len(line) > 1:
+                axes.errorbar(dims, fid, std, fmt="o--" if curve[0] == "kmeans" else "o-", capsize=2,
+                              label=f"{curve[0]}, {curve[1]:,} images")
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_yscale("log")
+
+    files += save_figure(folder / "figure-4.png", draw, xlabel="dimensions (pca) or clusters (kmeans) of y",
+                         ylabel="FID, oracle")
+    columns = {"images seen": "images", "n": "n", "dims": "dims", "FID": "fid", "std": "std", "runs": "runs"}
+    return table(rows, columns, "y"), files
+
+
 # ============================================================================================================
 # 7 The command line
 # ============================================================================================================
@@ -1041,6 +1203,10 @@ def parse():
         "(train.py --snapshots), with the newest prior: table, CSV and figure")
     add("--nearest", choices=("lpips", "clip", "pixel"), help="instead of metrics the nearest training "
         "images of each sample: pictures, CSV, histogram, and the share of samples that look like copies")
+    add("--tables", nargs="*", metavar="FILE", help="instead: the paper's Tables 1, 3, 4, 5 as Markdown, "
+        "from these results.jsonl (default: all below --runs) of one or several training seeds")
+    add("--figure", type=int, choices=(4,), help="instead: Fig. 4, the oracle's FID against the dimension "
+        "of y, from the results.jsonl below --runs or of --tables")
     add("--resolution", type=at_least(2, int), help="side to which images in folders of --images and "
         "--reference are resized (default: none if all are squares of one size)")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read instead of stopping")
@@ -1223,7 +1389,8 @@ def measure(args, task, device):
                 **record, n_generated=int(fake["n"]), precision_recall_real=len(real.get("pool", ())),
                 precision_recall_generated=len(fake.get("pool", ())), k=K, is_block=IS_BLOCK,
                 resolution=source.resolution, seed=args.seed),
-                seconds=round(time.perf_counter() - began, 2)))
+                seconds=round(time.perf_counter() - began, 2), machine=sample.device_name(device),
+                timing=source.timing()))
             append(args, task, rows[-1])
     if not rows:
         return rows, "", []
@@ -1291,6 +1458,18 @@ def find_copies(args, task, device):
 
 def main():
     args = parse()
+    if args.tables is not None or args.figure:
+        paths = args.tables or sorted(Path(args.runs).glob(f"{args.dataset or '*'}/results.jsonl"))
+        if not paths or not all(Path(path).is_file() for path in paths):
+            raise UserError(f"{args.runs} has no results.jsonl yet, or a file given is missing: run "
+                            f"evaluate.py first, or give --tables FILE ...")
+        text, files = tables(paths), []
+        if args.figure:
+            text, files = write_figure_4(paths, Path(args.out or args.runs))
+        print(text)
+        for file in files:
+            print(f"-> {file}", file=sys.stderr)
+        return 0
     device = twosdm.pick_device(args.device)
     twosdm.join_processes(device)
     task = find_task(args, device)

@@ -1,4 +1,4 @@
-"""What several test files use: the scripts, called as a user calls them, and a folder of tiny trained runs."""
+"""What several test files use: the scripts, called as a user calls them, and a folder of tiny runs."""
 import os
 import subprocess
 import sys
@@ -11,8 +11,8 @@ import twosdm
 
 ROOT = Path(twosdm.__file__).parent
 TINY = ("--size 64 --resolution 8 --batch 8 --images 48 --lr-ramp 16 --log 16 --save 16 --preview 48 "
-        "--steps 2 --prior-width 16 --prior-depth 1 --prior-heads 2 --width 8 --mults 1,2 --blocks 1 "
-        "--attention 4").split()
+        "--snapshots 16 --steps 2 --prior-width 16 --prior-depth 1 --prior-heads 2 --width 8 --mults 1,2 "
+        "--blocks 1 --attention 4").split()
 
 
 @pytest.fixture(scope="session", autouse=True)
