@@ -304,3 +304,63 @@ def test_history_has_a_value_for_each_snapshot_of_each_method(runs, call, tmp_pa
     assert code == 0 and "pip install matplotlib" in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["history.csv"]
     refused(call(evaluate, *flags, "--checkpoint", "x.pt", cwd=tmp_path), "--checkpoint")
+
+
+def result(method, fid, seed, **changes):
+    """A row of results.jsonl as evaluate.py writes it."""
+    return dict(dict(
+        method=method, fid=fid, sfid=10.0, precision=0.5, recall=0.25, y="clip", y_dim=64, steps=18,
+        image_steps=18, train_seed=seed, tags=[], guidance=1.0, temperature=1.0, label=None, prompt=None, machine="cpu",
+        images_seen={"prior": 9, "image": 44}, timing=dict(ms_per_image=20.0, prior_share=0.03),
+        protocol=dict(dataset="shapes", n_generated=100)), **{"is": 3.0}, **changes)
+
+
+def write_results(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_papers_table_3_follows_from_its_fids():
+    """As far as they are rounded."""
+    published = {"afhq": (48.2, 55.6, 86.6), "ffhq": (26.0, 31.9, 81.3), "imagenet-class": (31.5, 25.6, 123)}
+    for dataset, expected in published.items():
+        (name, *fids, gain, best, ratio), = evaluate.improvements(dataset, {})
+        shown = [float(x.removesuffix(" %")) for x in (gain, best, ratio)]
+        assert shown == pytest.approx(expected, abs=0.25, rel=0.005)
+
+
+def test_tables_average_training_seeds_and_keep_variants_apart(call, tmp_path):
+    rows = [result(method, fid + seed, seed) for seed in (0, 1, 2) for method, fid in (
+        ("baseline", 8.0), ("2sdm", 2.0), ("oracle", 1.0))]
+    rows.insert(0, result("2sdm", 99.0, 0))                            # repeated: the last one counts
+    rows.append(result("2sdm", 50.0, 0, images_seen={"prior": 9, "image": 11}))        # of a history
+    rows.append(result("2sdm", 5.0, 0, y="kmeans:64"))
+    rows.append(result("2sdm", 2.5, 0, image_steps=17))
+    rows.append(result("2sdm", 1.5, 1, guidance=2.0))
+    rows.append(dict(result("2sdm", 0, 0), nearest="pixel"))
+    write_results(tmp_path / "runs/shapes/results.jsonl", rows)
+    code, out, err = call(evaluate, "--tables", cwd=tmp_path)
+    assert code == 0 and "training seeds 0, 1, 2" in out
+    assert "| 2SDM | 3.0 ± 0.0 | 0.500 ± 0.000 | 0.250 ± 0.000 | 3.00 ± 1.00 | 10.00 ± 0.00 | 3 |" in out
+    for name in ("Class-cond (K = 64)", "2SDM (17 steps)", "2SDM (W = 2)"):
+        assert f"| {name} | 3.0 | 0.500 | 0.250 |" in out
+    gains = [100 * (1 - (2 + s) / (8 + s)) for s in range(3)]
+    assert f"{np.mean(gains):.1f} ± {np.std(gains, ddof=1):.1f} %" in out
+    assert "| 2SDM + oracle | 20.0 ± 0.0 | 3.0 ± 0.0 % | 2.00 ± 1.00 |" in out              # Table 5
+
+
+def test_figure_4_has_a_curve_for_each_reduction_and_budget(call, tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [result("oracle", 9 - d + 5 * (seen == 11), 0, y=f"pca:{d}", images_seen={"image": seen})
+            for d in (1, 2, 4) for seen in (11, 44)]
+    rows += [result("oracle", 3.0, 0), result("baseline", 9.5, 0, images_seen={"baseline": 44}),
+             result("oracle", 4.0, 0, y="kmeans:16")]
+    write_results(tmp_path / "runs/shapes/results.jsonl", rows)
+    code, out, err = call(evaluate, "--figure", 4, cwd=tmp_path)
+    assert code == 0 and Image.open(tmp_path / "runs/figure-4.png").width > 500
+    table = list(csv.DictReader(open(tmp_path / "runs/figure-4.csv")))
+    points = {(row["y"], int(row["images"]), int(row["dims"])): float(row["fid"]) for row in table}
+    assert [points["pca", 44, d] for d in (0, 1, 2, 4, 64)] == [9.5, 8, 7, 5, 3]
+    assert [points["pca", 11, d] for d in (1, 2, 4)] == [13, 12, 10]
+    assert points["kmeans", 44, 16] == 4 and points["kmeans", 44, 0] == 9.5
