@@ -652,7 +652,7 @@ def save_arrays(path, **arrays):
         np.savez(file, **arrays)
 
 
-def features(source, network, folder, most, names, batch=64, skip_bad=False):
+def features(source, network, folder, most, names, batch=64, skip_bad=False, logits=False):
     """What the metrics need of a set, from the cache in `folder` or by one pass over its images.
 
     -> dict of those `names` among mu, sigma, mu_s, sigma_s (float64), pool (of `most` images, drawn at
@@ -660,7 +660,6 @@ def features(source, network, folder, most, names, batch=64, skip_bad=False):
     parts, which the processes share. Each is a file until all are there, so that nothing is computed twice
     after an interruption and the numbers do not depend on the processes; that takes 16 to 20 KB per image.
     """
-    logits = "logits" in names
     key = json.dumps([source.key, network.sha256, most, logits], sort_keys=True)
     path = Path(folder) / (hashlib.sha256(key.encode()).hexdigest()[:16] + ".npz")
     wanted = ("faults", "n", *names)
@@ -800,10 +799,11 @@ def reference(args, network, folder, training, names):
         if source and missing:
             found = features(source, network, folder, REAL_ROWS, missing, args.batch, args.skip_bad)
             real.update({name: found and found[name] for name in missing})
-            record.setdefault("n_real", found and int(found["n"]))
+            record["n_real"] = record.get("n_real") or (found and int(found["n"]))
 
     add(beside, {"pool"}.intersection(names))     # a part of the data: enough for these, not for a mean
     add(images, names)
+    record.setdefault("n_real", images and images.n)
     return {name: real[name] for name in names if name in real}, record
 
 
@@ -833,7 +833,7 @@ def search(queries, gallery, embed, k, metric, batch, skip_bad=False):
     -> distances, rows (Q, k), the nearest first.
     """
     parts = twosdm.share(spans(range(gallery.n), min(batch, -(-gallery.n // twosdm.processes()))))
-    rows = []
+    rows, mine = [np.empty(0, int)], sum(span.stop - span.start for span in parts)
 
     def chunks():
         with tqdm(total=gallery.n, desc=f"searching {gallery.name[-30:]}", unit=" images") as bar:
@@ -843,8 +843,11 @@ def search(queries, gallery, embed, k, metric, batch, skip_bad=False):
                 yield embed(pixels)
                 bar.update(min((span.stop - span.start) * twosdm.processes(), bar.total - bar.n))
 
-    distances, index = nearest(queries, chunks(), k, metric)
-    found = twosdm.gather((distances, np.concatenate(rows)[index]))
+    best = np.full((len(queries), k), np.inf), np.full((len(queries), k), -1)    # few may be a process's
+    if mine:
+        distances, index = nearest(queries, chunks(), min(k, mine), metric)
+        best[0][:, :mine], best[1][:, :mine] = distances, np.concatenate(rows)[index]
+    found = twosdm.gather(best)
     distances, rows = (np.concatenate(x, 1) for x in zip(*found))                         # (Q, processes * k)
     order = np.lexsort((rows, distances))[:, :k]
     return np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
@@ -866,20 +869,25 @@ def embedding(args, kind, dataset, saved, device):
         return lambda pixels: pixels.reshape(len(pixels), -1) / 255.0, "euclidean", 1, "pixels in [0, 1]"
     if kind == "lpips":
         net = Lpips(args.lpips_weights).to(device)
-        return lambda pixels: net.embed(floats(pixels)), "euclidean", 2, "LPIPS 0.1 (alex)"
+        name = f"LPIPS 0.1 (alex {' '.join(net.sha256)})"
+        return lambda pixels: net.embed(floats(pixels)).cpu(), "euclidean", 2, name
     if dataset == "shapes":                                   # the world's own CLIP
+        run = Path(args.runs) / dataset / "embedder" / "checkpoint.pt"
+        weights = twosdm.load_checkpoint(run, stage="embedder").get("ema")
+        if weights is None:
+            raise UserError(f"{run} is no CLIP: --nearest pixel, or train with --embedder shapes")
         net = twosdm.SmallClip()
-        run = sample.find_run(args, "embedder")
-        net.load_state_dict(twosdm.load_checkpoint(run, stage="embedder")["ema"])
+        net.load_state_dict(weights)
         net.to(device)
     else:
         net = twosdm.ClipEmbedder(args.clip_weights or saved.get("clip_weights", "openai")).to(device)
 
     @_exactly()
     def embed(pixels):
-        return net(floats(pixels))
+        return net(floats(pixels)).cpu()
 
-    return embed, "cosine", 1, "cosine of CLIP" + " (the world's own)" * (dataset == "shapes")
+    name = f"cosine of CLIP {twosdm.fingerprint(net)}" + " (the world's own)" * (dataset == "shapes")
+    return embed, "cosine", 1, name
 
 
 def compare_neighbours(args, candidates, gallery, how):
@@ -1043,6 +1051,8 @@ def title(row):
         parts.insert(0, f"K = {y[7:]}")
     elif y != "clip" and row["method"] in ("2sdm", "oracle"):
         parts.insert(0, y)
+    if row.get("dataset", row["protocol"]["dataset"]) != row["protocol"]["dataset"]:
+        parts.append(row["dataset"])                  # a published network
     if row.get("image_steps") != row.get("steps"):
         parts.append(f"{row['image_steps']} steps")
     for name, sign in (("guidance", "W"), ("temperature", "T")):
@@ -1055,22 +1065,37 @@ def title(row):
     return name + f" ({', '.join(parts)})" * bool(parts)
 
 
-def read_results(paths):
-    """Rows of results.jsonl files -> {(data set, samples): {title: [the last row of each training run]}}.
-
-    A run is told by file and training seed: several seeds are averaged. Of a run's history the end counts.
-    """
-    found = {}
+def read_rows(paths):
+    """(file, row) of each evaluation in results.jsonl files; a line that a kill cut short is passed over."""
     for path in paths:
         for line in Path(path).read_text().splitlines():
-            row = json.loads(line)
-            if "protocol" not in row or "nearest" in row or "fid" not in row:
-                continue
-            runs = found.setdefault((row["protocol"]["dataset"], row["protocol"]["n_generated"]), {})
-            run = runs.setdefault(title(row), {}), (str(path), row.get("train_seed"))
-            if trained_on(row) >= trained_on(run[0].get(run[1], row)):
-                run[0][run[1]] = row
-    return {key: {name: list(rows.values()) for name, rows in runs.items()} for key, runs in found.items()}
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if "protocol" in row and "nearest" not in row:
+                    yield str(path), row
+
+
+def read_results(paths):
+    """Evaluations -> [(data set, samples, {title: [row of each training run]})], one per way of sampling.
+
+    A run is told by file and training seed: several seeds are averaged. Of a run's history the end counts; of
+    repeated evaluations the last value of each metric.
+    """
+    found = {}
+    for path, row in sorted(read_rows(paths), key=lambda pair: pair[1]["method"] == "real"):
+        dataset, n = row["protocol"]["dataset"], row["protocol"]["n_generated"]
+        way = [row["protocol"].get("reference"), *(row.get(name) for name in ("steps", "churn", "s_noise"))]
+        if row["method"] == "real":
+            way = next((json.loads(key)[2:] for key in found if json.loads(key)[:2] == [dataset, n]), way)
+        methods = found.setdefault(json.dumps([dataset, n, *way]), (dataset, n, {}))[2]
+        runs, run = methods.setdefault(title(row), {}), (path, row.get("train_seed"))
+        before = runs.get(run, {})
+        if trained_on(row) > trained_on(before):
+            runs[run] = row
+        elif trained_on(row) == trained_on(before) or not before:
+            runs[run] = before | {name: value for name, value in row.items() if value is not None}
+    return [(dataset, n, {name: list(runs.values()) for name, runs in methods.items()})
+            for dataset, n, methods in found.values()]
 
 
 def trained_on(row):
@@ -1095,11 +1120,12 @@ def markdown(headings, rows):
 def tables(paths):
     """Tables 1, 3, 4 and 5 from all evaluations in results.jsonl files, beside the paper's, as Markdown."""
     keys, text = dict(zip(ORDER, ("is", "precision", "recall", "fid", "sfid"))), []
-    for (dataset, n), methods in read_results(paths).items():
+    for dataset, n, methods in read_results(paths):
         seeds = sorted({row.get("train_seed") for rows in methods.values() for row in rows} - {None})
         devices = sorted({row["machine"] for rows in methods.values() for row in rows if "machine" in row})
-        text.append(f"## {dataset}: {n:,} samples, training seeds {', '.join(map(str, seeds)) or 'unknown'}, "
-                    f"on {', '.join(devices) or 'unknown'}")
+        usual = next(row for rows in methods.values() for row in rows)
+        text.append(f"## {dataset}: {n:,} samples, {usual.get('steps')} steps, training seeds "
+                    f"{', '.join(map(str, seeds)) or 'unknown'}, on {', '.join(devices) or 'unknown'}")
         rows = [[name, *(spread([row.get(key) for row in runs], 3 if "r" in key else 1 if key == "is" else 2)
                          for key in keys.values()), str(len(runs))] for name, runs in methods.items()]
         rows += [[f"{name}, paper, n = 50,000", *(f"{x:g}" for x in values), ""]
@@ -1110,7 +1136,7 @@ def tables(paths):
                 ["", "FID EDM", "2SDM", "oracle", "improvement", "oracle's", "ratio"], gains))
         timed = [[name, spread([row["timing"]["ms_per_image"] for row in runs if row.get("timing")], 1),
                   spread([100 * row["timing"]["prior_share"] for row in runs if row.get("timing")], 1) + " %",
-                  spread([row["fid"] for row in runs], 2)]
+                  spread([row.get("fid") for row in runs], 2)]
                  for name, runs in methods.items() if any(row.get("timing") for row in runs)]
         timed += [[f"{name}, paper (V100)", str(ms), "", f"{fid:g}"] for name, (ms, fid) in zip(
             ("EDM", "2SDM", "2SDM (38 steps)"), PAPER_TIME.get(dataset, ()))]
@@ -1122,7 +1148,7 @@ def tables(paths):
 def improvements(dataset, methods):
     """The rows of Table 3: by how much of EDM's FID 2SDM and the oracle are lower."""
     def by_seed(name):
-        return {row.get("train_seed"): row["fid"] for row in methods.get(name, ())}
+        return {row.get("train_seed"): row["fid"] for row in methods.get(name, ()) if "fid" in row}
 
     edm, ours, oracle = by_seed("EDM"), by_seed("2SDM"), by_seed("2SDM + oracle")
     cases = [("here", [(edm[s], ours[s], oracle.get(s)) for s in edm if s in ours])]
@@ -1141,25 +1167,23 @@ def improvements(dataset, methods):
 def write_figure_4(paths, folder):
     """FID of the oracle against the dimension of y, one curve per reduction and budget -> text, files."""
     points = {}
-    for path in paths:
-        for line in Path(path).read_text().splitlines():
-            row = json.loads(line)
-            y = row.get("y", "clip") if row["method"] == "oracle" else "none"
-            if "fid" not in row or row["method"] not in ("oracle", "baseline") or "protocol" not in row:
-                continue
-            kind, _, size = y.partition(":")
+    for path, row in read_rows(paths):
+        y = row.get("y", "clip") if row["method"] == "oracle" else "none"
+        kind, _, size = y.partition(":")
+        plain = title(row) in ("EDM", "2SDM + oracle", f"2SDM + oracle ({y})")          # no tags, no guidance
+        if plain and "fid" in row:
             size = int(size) if size else 0 if y == "none" else row["y_dim"]
             for curve in ("pca", "kmeans") if size == 0 else ("pca",) if kind == "clip" else (kind,):
-                key = curve, trained_on(row), row["protocol"]["n_generated"], size
-                points.setdefault(key, {})[str(path), row.get("train_seed")] = row["fid"]
+                key = row["protocol"]["dataset"], curve, trained_on(row), row["protocol"]["n_generated"], size
+                points.setdefault(key, {})[path, row.get("train_seed"), row.get("steps")] = row["fid"]
     if not points:
         raise UserError("there are no evaluations of the oracle yet: train.py --stage image --y pca:8, then "
                         "evaluate.py --method oracle --y pca:8, and so on")
     rows = []
-    for (curve, images, n, size), runs in sorted(points.items()):
+    for (dataset, curve, images, n, size), runs in sorted(points.items()):
         fids = list(runs.values())
-        rows.append(dict(y=curve, images=images, n=n, dims=size, fid=float(np.mean(fids)), runs=len(fids),
-                         std=float(np.std(fids, ddof=1)) if len(fids) > 1 else 0.0))
+        rows.append(dict(y=f"{dataset}, {curve}", images=images, n=n, dims=size, fid=float(np.mean(fids)),
+                         runs=len(fids), std=float(np.std(fids, ddof=1)) if len(fids) > 1 else 0.0))
     files = [folder / "figure-4.csv"]
     save_csv(files[0], rows, ["y", "images", "n", "dims", "fid", "std", "runs"])
 
@@ -1168,7 +1192,7 @@ def write_figure_4(paths, folder):
             line = [row for row in rows if (row["y"], row["images"], row["n"]) == curve]
             dims, fid, std = ([row[name] for row in line] for name in ("dims", "fid", "std"))
             if len(line) > 1:
-                axes.errorbar(dims, fid, std, fmt="o--" if curve[0] == "kmeans" else "o-", capsize=2,
+                axes.errorbar(dims, fid, std, fmt="o--" if "kmeans" in curve[0] else "o-", capsize=2,
                               label=f"{curve[0]}, {curve[1]:,} images")
         axes.set_xscale("symlog", linthresh=1)
         axes.set_yscale("log")
@@ -1231,7 +1255,10 @@ def parse():
         raise UserError("--images evaluates all of them: leave --n away")
     if args.images and not args.dataset:
         with contextlib.suppress(OSError, ValueError, KeyError):      # of sample.py
-            args.dataset = json.loads(Path(args.images, "settings.json").read_text())["dataset"]
+            drawn = json.loads(Path(args.images, "settings.json").read_text())["dataset"]
+            args.dataset = drawn if drawn in twosdm.PRESETS else None
+    if args.tables is not None or args.figure:
+        return args
     if not args.images and (args.method or not (args.save_reference and args.reference)):
         sample.same_dataset(args)
     return args
@@ -1259,7 +1286,7 @@ def find_task(args, device):
     else:
         pipelines = find_pipelines(args, device)
         if not args.history:                                  # a missing run is said before hours of sampling
-            pipelines = iter(list(pipelines))
+            pipelines = iter(of_one_kind(list(pipelines), args))
         first = next(pipelines)
         pipelines = itertools.chain([first], pipelines)
         resolution, autoencoder = first.shape[0], first.autoencoder
@@ -1294,6 +1321,24 @@ def find_task(args, device):
     args.resolution = resolution or (training and training.resolution)        # for folders of --reference
     return Task(candidates(), training, dataset, config or {}, args.resolution,
                 Path(args.runs) / (dataset or "images"))
+
+
+def of_one_kind(pipelines, args):
+    """Pipelines of equal size and training images; others, if not asked for by name, are left out."""
+    def kind(pipeline):
+        return pipeline.shape, pipeline.data["fingerprint"] or kept[0].data["fingerprint"]
+
+    kept = pipelines[:1]
+    for pipeline in pipelines[1:]:
+        if kind(pipeline) == kind(kept[0]):
+            kept.append(pipeline)
+        elif args.method or args.checkpoint:
+            raise UserError(f"{pipeline.method} and {kept[0].method} are of different sizes or were trained "
+                            f"on different images: evaluate one --method at a time")
+        else:
+            print(f"Left out: {pipeline.method}, which was trained on other images than {kept[0].method}",
+                  file=sys.stderr)
+    return kept
 
 
 def find_pipelines(args, device):
@@ -1343,6 +1388,8 @@ def training_images(args, config, resolution, autoencoder):
         twosdm.configure(args.dataset), **dict(resolution=resolution) if resolution else {})
     config = dataclasses.replace(config, runs=args.runs, data=args.data or config.data,
                                  skip_bad=args.skip_bad or config.skip_bad)
+    if config.vae and autoencoder is None:                    # no pixels are kept beside latents: a stream
+        return None, from_files(config.data, config.resolution)
     images = twosdm.load_images(config, autoencoder)
     return images, from_pixels("training set", images.pixels, images.fingerprint)
 
@@ -1371,8 +1418,8 @@ def measure(args, task, device):
     cache = task.folder / "features"
     real, record = reference(args, network, cache, task.training, names)
     if args.save_reference and not twosdm.rank():
-        save_arrays(args.save_reference, **real, n=np.array(record["n_real"] or 0),
-                    weights=np.array(network.sha256))
+        known = dict(n=np.array(record["n_real"])) if record["n_real"] else {}
+        save_arrays(args.save_reference, **real, **known, weights=np.array(network.sha256))
         print(f"-> {args.save_reference}", file=sys.stderr)
     metrics = [m for m in args.metrics if m == "is" or all(name in real for name in METRICS[m])]
     lacking = [HEADINGS[m] for m in args.metrics if m not in metrics]
@@ -1382,7 +1429,7 @@ def measure(args, task, device):
     names, rows = sorted({name for metric in metrics for name in METRICS[metric]}), []
     for described, source in task.candidates if metrics else ():
         began = time.perf_counter()
-        fake = features(source, network, cache, FAKE_ROWS, names, args.batch, args.skip_bad)
+        fake = features(source, network, cache, FAKE_ROWS, names, args.batch, args.skip_bad, logits=True)
         if not twosdm.rank():
             rows.append(dict(score(real, fake, metrics), **described, protocol=dict(
                 dataset=task.dataset, features=network.label, weights=network.sha256, resize=network.resize,
@@ -1421,8 +1468,10 @@ def append(args, task, row):
     """Adds a line to the run's results.jsonl, which grows: no evaluation is ever lost."""
     if not args.images:
         path = task.folder / "results.jsonl"
-        with twosdm.user_errors(f"{path} cannot be written"), open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        with twosdm.user_errors(f"{path} cannot be written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def output(args, task):
@@ -1433,8 +1482,6 @@ def find_copies(args, task, device):
     """--nearest -> (rows, text, files)."""
     gallery = task.training
     if args.reference:
-        if Path(args.reference).suffix == ".npz" and "arr_0" not in np.load(args.reference).files:
-            raise UserError(f"--nearest needs images, and {args.reference} has statistics only")
         gallery = open_images(args.reference, args.resolution)
     if args.nearest == "lpips" and task.resolution < 31:
         raise UserError(f"LPIPS needs 31x31 pixels, these images have {task.resolution}x{task.resolution}: "

@@ -51,16 +51,21 @@ class Pipeline:
         self.args, self.method, self.device = args, method, device
         self.seconds, self.drawn_images = np.zeros(2), 0                # of stage 1 and stage 2
         self.precision = twosdm.set_precision(args.precision, device, auto="tf32")
-        given = load_given(args.checkpoint)
+        given, y = load_given(args.checkpoint), args.y
+        if "image" in given:
+            y = given["image"][1]["config"].get("y", "clip")
         files = self.files = {
-            stage: given[stage][0] if stage in given else find_run(args, stage)
-            for stage in stages(method, args.y)}
+            stage: given[stage][0] if stage in given else find_run(args, stage, y)
+            for stage in stages(method, y)}
         self.checkpoints = {
             stage: given[stage][1] if stage in given else twosdm.load_checkpoint(path, stage=stage)
             for stage, path in files.items()}
         if method == "joint":
             self.checkpoints = split_joint(self.checkpoints["joint"])
         self.models = {stage: twosdm.load_denoiser(c, device) for stage, c in self.checkpoints.items()}
+        for checkpoint in self.checkpoints.values():  # gigabytes, and no longer of use
+            for weights in ("net", "optimizer", "ema"):
+                checkpoint.pop(weights, None)
         for model in self.models.values():
             twosdm.compile_network(model.net, args.compile, device)
         self.prior, self.main = self.checkpoints.get("prior"), list(self.checkpoints.values())[-1]
@@ -125,6 +130,7 @@ class Pipeline:
                     y=saved.get("y", "clip"), y_dim=packed["dim"] if packed else 0, prompt=self.args.prompt,
                     guidance=self.args.guidance, temperature=self.args.temperature,
                     train_seed=saved.get("seed"), tags=sorted(tags - {""}),
+                    vae=twosdm.fingerprint(self.autoencoder) if self.autoencoder else None,
                     fingerprints=self.main["fingerprints"],
                     images_seen={s: c["seen"] for s, c in self.checkpoints.items()},
                     networks={s: twosdm.fingerprint(m) for s, m in self.models.items()})
@@ -202,7 +208,7 @@ class Pipeline:
     def clock(self):
         """Seconds, when the device has done all it was told to."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def timing(self):
@@ -256,15 +262,15 @@ def split_joint(checkpoint):
             for stage in ("prior", "image")}
 
 
-def find_run(args, stage):
-    """The newest checkpoint of a stage below args.runs, of args.dataset if it is given."""
-    text = args.prompt is not None and stage == "prior"
-    name = twosdm.run_name(stage, args.y, "text" if text else "none")
+def find_run(args, stage, y=None):
+    """The newest checkpoint of a stage (for this y) below args.runs, of args.dataset if it is given."""
+    text, y = args.prompt is not None and stage == "prior", y or args.y
+    name = twosdm.run_name(stage, y, "text" if text else "none")
     found = list(Path(args.runs).glob(f"{args.dataset or '*'}/{name}/checkpoint.pt"))
     if not found:
         where = f"--dataset {args.dataset}" if args.dataset else "any data set"
-        told = stage in ("prior", "image") and args.y != "clip"
-        flags = stage + f" --y {args.y}" * told + " --a text" * text
+        told = stage in ("prior", "image") and y != "clip"
+        flags = stage + f" --y {y}" * told + " --a text" * text
         raise UserError(f"{args.runs} has no trained '{name}' of {where}: run python train.py first (for "
                         f"this alone: --stage {flags}), or say where the runs are with --runs")
     return max(found, key=lambda path: path.stat().st_mtime)
@@ -318,8 +324,8 @@ def add_sampling_flags(parser):
 def same_dataset(args):
     """Without --dataset: the one whose image model or baseline was trained last, for all stages alike."""
     if not args.dataset and not args.checkpoint:
-        stages = ("image", "baseline")
-        found = [path for stage in stages for path in Path(args.runs).glob(f"*/{stage}/checkpoint.pt")]
+        names = (twosdm.run_name("image", args.y), "baseline", "joint")
+        found = [path for name in names for path in Path(args.runs).glob(f"*/{name}/checkpoint.pt")]
         if found:
             args.dataset = max(found, key=lambda path: path.stat().st_mtime).parts[-3]
 

@@ -43,6 +43,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
 import zipfile
 import zlib
@@ -1717,8 +1718,9 @@ def run(main):
     try:
         code = main()
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {error}", file=stderr)
+        if rank():                                    # where all fail alike, torchrun stops the others first
+            time.sleep(5)
+        print(f"error: {error}", file=stderr)
     except torch.OutOfMemoryError:
         print("error: out of the device's memory: give a smaller --batch (when training, --batch-gpu)",
               file=stderr)

@@ -192,7 +192,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_sentence(pictures, small, ca
             "k = 3 generated images, got 3")
     refused(call(evaluate, "--images", pictures / "a", "--history", cwd=tmp_path), "--history")
     refused(call(evaluate, "--images", pictures / "a", "--reference", "dims.npz", "--nearest", "pixel",
-                 cwd=tmp_path), "statistics only")
+                 cwd=tmp_path), "dims.npz has no arr_0")
 
 
 # ------------------------------------------------------------------------------- interruptions and processes
@@ -310,7 +310,7 @@ def result(method, fid, seed, **changes):
     """A row of results.jsonl as evaluate.py writes it."""
     return dict(dict(
         method=method, fid=fid, sfid=10.0, precision=0.5, recall=0.25, y="clip", y_dim=64, steps=18,
-        image_steps=18, train_seed=seed, tags=[], guidance=1.0, temperature=1.0, label=None, prompt=None, machine="cpu",
+        image_steps=18, train_seed=seed, tags=[], guidance=1.0, temperature=1.0, machine="cpu",
         images_seen={"prior": 9, "image": 44}, timing=dict(ms_per_image=20.0, prior_share=0.03),
         protocol=dict(dataset="shapes", n_generated=100)), **{"is": 3.0}, **changes)
 
@@ -337,9 +337,15 @@ def test_tables_average_training_seeds_and_keep_variants_apart(call, tmp_path):
     rows.append(result("2sdm", 50.0, 0, images_seen={"prior": 9, "image": 11}))        # of a history
     rows.append(result("2sdm", 5.0, 0, y="kmeans:64"))
     rows.append(result("2sdm", 2.5, 0, image_steps=17))
+    rows.append(result("2sdm", 70.0, 0, steps=9, image_steps=9))       # another table
+    again = result("2sdm", 2.0, 0, timing=None)                        # from the cache, of one metric
+    rows.append({k: x for k, x in again.items() if k not in ("is", "sfid", "precision", "recall")})
+    rows.append(result("baseline", 30.0, None, dataset="edm-ffhq"))    # a published network
     rows.append(result("2sdm", 1.5, 1, guidance=2.0))
     rows.append(dict(result("2sdm", 0, 0), nearest="pixel"))
     write_results(tmp_path / "runs/shapes/results.jsonl", rows)
+    with open(tmp_path / "runs/shapes/results.jsonl", "a") as file:
+        file.write('{"method": "2sd')                                  # cut short by a kill
     code, out, err = call(evaluate, "--tables", cwd=tmp_path)
     assert code == 0 and "training seeds 0, 1, 2" in out
     assert "| 2SDM | 3.0 ± 0.0 | 0.500 ± 0.000 | 0.250 ± 0.000 | 3.00 ± 1.00 | 10.00 ± 0.00 | 3 |" in out
@@ -360,7 +366,8 @@ def test_figure_4_has_a_curve_for_each_reduction_and_budget(call, tmp_path):
     code, out, err = call(evaluate, "--figure", 4, cwd=tmp_path)
     assert code == 0 and Image.open(tmp_path / "runs/figure-4.png").width > 500
     table = list(csv.DictReader(open(tmp_path / "runs/figure-4.csv")))
-    points = {(row["y"], int(row["images"]), int(row["dims"])): float(row["fid"]) for row in table}
+    points = {(row["y"].removeprefix("shapes, "), int(row["images"]), int(row["dims"])): float(row["fid"])
+              for row in table}
     assert [points["pca", 44, d] for d in (0, 1, 2, 4, 64)] == [9.5, 8, 7, 5, 3]
     assert [points["pca", 11, d] for d in (1, 2, 4)] == [13, 12, 10]
     assert points["kmeans", 44, 16] == 4 and points["kmeans", 44, 0] == 9.5
