@@ -43,9 +43,10 @@ def small(monkeypatch):
     monkeypatch.setattr(evaluate, "InceptionFeatures", SmallInception)
 
 
-@pytest.fixture
-def runs(trained):
-    return trained / "runs"
+@pytest.fixture(scope="module")
+def runs(trained, tmp_path_factory):
+    """A copy of the runs, as evaluations leave their rows there."""
+    return shutil.copytree(trained / "runs", tmp_path_factory.mktemp("evaluated") / "runs")
 
 
 @pytest.fixture

@@ -240,8 +240,10 @@ def test_prior_and_image_model_of_a_pca_agree_and_others_are_refused(runs):
     y, a = pipe.conditions([0, 1])
     assert y.shape == (2, 3) and a is None and pipe.draw([0, 1], y, a).shape == (2, 8, 8, 3)
     assert len(list((runs / "shapes/reductions").glob("pca3-*.pt"))) == 1
-    for pair in (("prior", "image-pca3"), ("prior-pca3", "image"), ("prior", "image-kmeans4")):
-        with pytest.raises(UserError, match="different images or embeddings"):
+    for *pair, words in (("prior", "image-pca3", "different images or embeddings"),
+                         ("prior-pca3", "image", "different images or embeddings"),
+                         ("prior", "image-kmeans4", "without a prior")):
+        with pytest.raises(UserError, match=words):
             pipeline(runs, "2sdm", "--checkpoint", *(files[name] for name in pair))
 
 
