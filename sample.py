@@ -58,7 +58,8 @@ class Pipeline:
             stage: given[stage][0] if stage in given else find_run(args, stage, y)
             for stage in stages(method, y)}
         if method == "2sdm" and "prior" in given and "prior" not in files:
-            raise UserError(f"{files['image']} draws its y ({y}) without a prior: leave {given['prior'][0]} away")
+            raise UserError(f"{files['image']} draws its y ({y}) without a prior: leave "
+                            f"{given['prior'][0]} away")
         self.checkpoints = {
             stage: given[stage][1] if stage in given else twosdm.load_checkpoint(path, stage=stage)
             for stage, path in files.items()}
