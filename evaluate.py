@@ -753,8 +753,8 @@ def read_statistics(path, network):
         with np.load(path) as file:
             names, arrays = file.files, {name: file[name] for name in file.files if name != "arr_0"}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).split(":")[0]
-        raise UserError(f"{path} cannot be read as an .npz ({reason}): fetch or make it again") from None
+        raise UserError(f"{path} cannot be read as an .npz ({type(error).__name__}): give one, or fetch or "
+                        f"make it again") from None
     if "mu" not in arrays and "arr_0" in names:
         return None
     pairs = [pair for pair in (("mu", "sigma"), ("mu_s", "sigma_s")) if any(name in arrays for name in pair)]
@@ -1193,7 +1193,7 @@ def write_figure_4(paths, folder):
             dims, fid, std = ([row[name] for row in line] for name in ("dims", "fid", "std"))
             if len(line) > 1:
                 axes.errorbar(dims, fid, std, fmt="o--" if "kmeans" in curve[0] else "o-", capsize=2,
-                              label=f"{curve[0]}, {curve[1]:,} images")
+                              label=f"{curve[0]}, {curve[1]:,} images, n = {curve[2]:,}")
         axes.set_xscale("symlog", linthresh=1)
         axes.set_yscale("log")
 
@@ -1452,7 +1452,7 @@ def measure(args, task, device):
 
 
 def warn(rows, metrics, network):
-    n = min(row["protocol"]["n_generated"] for row in rows)
+    n = min(row["protocol"][side] or math.inf for row in rows for side in ("n_generated", "n_real"))
     for name, dims in zip(("fid", "sfid"), network.dims):
         if name in metrics and n <= dims:
             print(f"Warning: {n} samples for the {dims} dimensions of {HEADINGS[name]}: it is biased "

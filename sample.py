@@ -114,6 +114,8 @@ class Pipeline:
         if packed and (method == "oracle" or self.text):
             self.embedder = twosdm.unpack_embedder(packed, saved["resolution"],
                                                    args.clip_weights or saved["clip_weights"]).to(device)
+        if self.text:                                 # a wrong word is said before anything is drawn
+            getattr(self.embedder, "inner", self.embedder).text_condition([args.prompt])
         if method == "oracle" and not own_images:
             config = twosdm.TrainConfig(**saved)
             config.runs, config.data = args.runs, args.data or config.data
@@ -268,6 +270,7 @@ def split_joint(checkpoint):
 def find_run(args, stage, y=None):
     """The newest checkpoint of a stage (for this y) below args.runs, of args.dataset if it is given."""
     text, y = args.prompt is not None and stage == "prior", y or args.y
+    twosdm.check_y(y)
     name = twosdm.run_name(stage, y, "text" if text else "none")
     found = list(Path(args.runs).glob(f"{args.dataset or '*'}/{name}/checkpoint.pt"))
     if not found:

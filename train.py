@@ -366,7 +366,8 @@ def train(config, device):
                 save(path, net=module.state_dict(), optimizer=optimizer.state_dict())
             if first and config.snapshots and due(seen, config.batch, config.snapshots):
                 save(folder / f"snapshot-{seen:010d}.pt")
-            if first and config.preview and (due(seen, config.batch, config.preview) or last):
+            shown = config.preview and config.stage in twosdm.IMAGE
+            if first and shown and (due(seen, config.batch, config.preview) or last):
                 bar.set_postfix_str("drawing samples")
                 began = time.perf_counter()
                 job.preview(ema.net, folder / f"samples-{seen:09d}.png")
@@ -413,8 +414,10 @@ def same_run(checkpoint, identity, path):
              if checkpoint["identity"].get(k, v) != v}
     if other:
         name, (old, new) = next(iter(other.items()))
-        raise UserError(f"{path} was trained with --{name.replace('_', '-')} {old}, not {new}: "
-                        f"use its settings, or keep both by giving another --runs folder")
+        old, new = ("none" if value == "" else value for value in (old, new))
+        raise UserError(f"{path} was trained with --{name.replace('_', '-')} {old}, not {new}: use its "
+                        f"settings (--short makes some of --images), or keep both by --tag NAME or another "
+                        f"--runs folder")
 
 
 def get_y(config, images, device):
@@ -525,8 +528,11 @@ def start_log(path, seen):
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = []
     for line in lines:
-        if not line.endswith("\n") or json.loads(line)["images"] > seen:
-            break
+        try:
+            if not line.endswith("\n") or json.loads(line)["images"] > seen:
+                break
+        except (ValueError, KeyError, TypeError):     # no line of ours
+            continue
         kept.append(line)
     with twosdm.written(path) as fresh:
         fresh.write_text("".join(kept))

@@ -99,7 +99,7 @@ class TrainConfig:
     limit: int = option(0, "train on so many of the images, drawn at random; 0 = all", low=0)
     skip_bad: bool = option(False, "leave out images that cannot be read instead of stopping", fixed=False)
     embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, a PCA of the pixels, or a small CLIP "
-                           "of the shapes", choices=("clip", "pixels", "shapes"))
+                           "of the shapes", choices=("clip", "pixels", "shapes"), source="paper")
     clip_weights: str = option("openai", "'openai', which open_clip downloads, or a file", fixed=False)
     y: str = option("clip", "what of the embedding is used: all of it (clip), its first D principal "
                     "components (pca:D), which of K clusters it is in (kmeans:K), nothing (none)")
@@ -272,8 +272,7 @@ def configure(dataset="shapes", stage="image", **changes):
         raise UserError(f"--tag {config.tag}: give letters, digits, dots and underscores alone")
     if config.vae and config.augment:
         raise UserError("--vae has latents of images as they are: --augment 0")
-    if not re.fullmatch(r"clip|none|pca:(0|[1-9]\d*)|kmeans:[1-9]\d*", config.y):
-        raise UserError(f"--y {config.y} is unknown: choose clip, pca:D, kmeans:K (such as pca:32) or none")
+    check_y(config.y)
     if config.a == "text" and (dataset != "shapes" or stage != "prior"):
         raise UserError("--a text is for --stage prior of shapes: captions are nowhere else, and the image "
                         "model learns of them through y")
@@ -286,6 +285,12 @@ def configure(dataset="shapes", stage="image", **changes):
     if config.y.startswith("kmeans") and config.a != "none":
         raise UserError("--y kmeans draws clusters regardless of a: --a none")
     return config
+
+
+def check_y(y):
+    """Raises UserError if --y is not one of the reductions."""
+    if not re.fullmatch(r"clip|none|pca:(0|[1-9]\d*)|kmeans:[1-9]\d*", y):
+        raise UserError(f"--y {y} is unknown: choose clip, pca:D, kmeans:K (such as pca:32) or none")
 
 
 def told_nothing(y):
@@ -884,10 +889,11 @@ class SmallClip(nn.Module):
         for text in texts:
             words = text.lower().split()
             unknown = [w for w in words if w not in self.words]
-            if unknown or len(words) > 7:
+            if unknown or not 1 <= len(words) <= 7:
                 raise UserError(f"the caption {text!r} is not of this world"
-                                + (f" (unknown: {unknown[0]})" if unknown else "")
-                                + ': write one like "three red stars on a blue background"')
+                                + (f" (unknown: {', '.join(unknown)})" if unknown else "")
+                                + ': write one like "three red stars on a blue background", with '
+                                + ", ".join((*COUNTS, *COLOURS, *SHAPES)))
             rows.append([self.words.index(w) for w in words] + [0] * (7 - len(words)))
         return self.text(self.embed(torch.tensor(rows, device=self.scale.device)))
 
