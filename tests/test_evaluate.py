@@ -17,7 +17,7 @@ from conftest import ROOT
 import evaluate
 import sample
 import twosdm
-from test_metrics import public_layout, weights_file          # noqa: F401 (fixtures)
+from test_metrics import lpips_files, public_layout, weights_file          # noqa: F401 (fixtures)
 
 
 
@@ -372,3 +372,22 @@ def test_figure_4_has_a_curve_for_each_reduction_and_budget(call, tmp_path):
     assert [points["pca", 44, d] for d in (0, 1, 2, 4, 64)] == [9.5, 8, 7, 5, 3]
     assert [points["pca", 11, d] for d in (1, 2, 4)] == [13, 12, 10]
     assert points["kmeans", 44, 16] == 4 and points["kmeans", 44, 0] == 9.5
+
+
+@pytest.mark.parametrize("lpips_files", ["alex"], indirect=True)
+def test_lpips_finds_copies_among_the_training_images(lpips_files, call, tmp_path):
+    _, (linear, trunk), *_ = lpips_files
+    for name in ("training", "samples"):
+        (tmp_path / name).mkdir()
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "training" / f"{i}.png")
+        Image.fromarray(pixels if i < 3 else 255 - pixels).save(tmp_path / "samples" / f"{i}.png")
+    code, out, err = call(
+        evaluate, "--images", "samples", "--reference", "training", "--nearest", "lpips", "--lpips-weights",
+        linear, trunk, "--out", "out", "--json", "rows.json", cwd=tmp_path)
+    assert code == 0, err
+    row = json.loads((tmp_path / "rows.json").read_text())[-1]
+    assert row["copies"] == 3 / 12 and "LPIPS 0.1" in row["protocol"]["metric"]
+    table = list(csv.DictReader((tmp_path / "out/nearest-lpips.csv").open()))
+    assert [float(r["distance"]) < 1e-9 for r in table if r["method"] == "samples"].count(True) == 3
