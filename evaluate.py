@@ -1285,12 +1285,15 @@ def find_task(args, device):
         config = run_config(args)
     else:
         pipelines = find_pipelines(args, device)
-        if not args.history:                                  # a missing run is said before hours of sampling
-            pipelines = iter(of_one_kind(list(pipelines), args))
-        first = next(pipelines)
-        pipelines = itertools.chain([first], pipelines)
-        resolution, autoencoder = first.shape[0], first.autoencoder
-        config = dict(first.main["config"], dataset=args.dataset or first.main["dataset"])
+        if args.history:
+            base = next(pipelines)
+            pipelines = itertools.chain([base], pipelines)
+        else:                                                 # a missing run is said before hours of sampling
+            pipelines = of_one_kind(list(pipelines), args)
+            # A published network does not say where its training images are.
+            base = next((p for p in pipelines if p.data["fingerprint"]), pipelines[0])
+        resolution, autoencoder = base.shape[0], base.autoencoder
+        config = dict(base.main["config"], dataset=args.dataset or base.main["dataset"])
     dataset = config["dataset"] if config else args.dataset
     try:
         images, training = training_images(args, config, resolution, autoencoder)
@@ -1324,13 +1327,11 @@ def find_task(args, device):
 
 
 def of_one_kind(pipelines, args):
-    """Pipelines of equal size and training images; others, if not asked for by name, are left out."""
-    def kind(pipeline):
-        return pipeline.shape, pipeline.data["fingerprint"] or kept[0].data["fingerprint"]
-
+    """Pipelines of equal size and, where known, training images; others not asked for are left out."""
     kept = pipelines[:1]
     for pipeline in pipelines[1:]:
-        if kind(pipeline) == kind(kept[0]):
+        images = {p.data["fingerprint"] for p in (*kept, pipeline)} - {None}
+        if pipeline.shape == kept[0].shape and len(images) <= 1:
             kept.append(pipeline)
         elif args.method or args.checkpoint:
             raise UserError(f"{pipeline.method} and {kept[0].method} are of different sizes or were trained "

@@ -1732,6 +1732,7 @@ def run(main):
               file=stderr)
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.stderr = stderr                       # of a silenced process, too, it must be seen
             raise
         print(f"error: torch.compile fails here ({type(error).__name__}): add --no-compile", file=stderr)
     except KeyboardInterrupt:
@@ -1739,7 +1740,7 @@ def run(main):
         print("\nstopped: the same command goes on from what is finished", file=sys.stderr)
     except BrokenPipeError:                           # as in `python evaluate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception:                                 # of a silenced process, too, it must be seen
+    except Exception:
         sys.stderr = stderr
         raise
     if processes() > 1 and torch.distributed.is_initialized() and code == 0:
@@ -2093,13 +2094,13 @@ def write_cache(source, entries, labels, recipe, key, cache, workers, autoencode
     target = cache / (f"pixels-{key}.u8" if autoencoder is None else f"latents-{key}.f32")
     progress = target.with_suffix(".progress")
     done, rows, enlarged, bad, lines = 0, 0, 0, [], []
-    written = target.stat().st_size if target.exists() else 0
+    size_before = target.stat().st_size if target.exists() else 0
     for line in progress.read_text().splitlines(keepends=True) if progress.exists() else []:
-        if not line.endswith("\n") or json.loads(line)[1] * row > written:
+        if not line.endswith("\n") or json.loads(line)[1] * row > size_before:
             break                                    # a line cut short, or rows that were lost
         done, rows, enlarged, faults = json.loads(line)
         bad, lines = bad + faults, lines + [line]
-    need, free = (len(entries) - done) * row - (written - rows * row), shutil.disk_usage(cache).free
+    need, free = (len(entries) - done) * row - (size_before - rows * row), shutil.disk_usage(cache).free
     if need > free:
         raise UserError(f"{cache} has {free / 1e9:.2f} GB free, but the {kind} need {need / 1e9:.2f} GB "
                         f"more: free some space or choose another folder")
@@ -2135,8 +2136,8 @@ def write_cache(source, entries, labels, recipe, key, cache, workers, autoencode
     info = dict(recipe, name=str(source), count=rows, enlarged=enlarged, bad=bad, sha256=content.hexdigest(),
                 key=key) | {kind: target.name}
     described = cache / f"images-{key}.json"
-    described.with_suffix(".new").write_text(json.dumps(info, indent=1))
-    os.replace(described.with_suffix(".new"), described)
+    with written(described) as fresh:
+        fresh.write_text(json.dumps(info, indent=1))
     progress.unlink()
     return info
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from conftest import ROOT
+from conftest import ROOT, refused
 
 import evaluate
 import sample
 import twosdm
 from test_metrics import lpips_files, public_layout, weights_file          # noqa: F401 (fixtures)
+from twosdm import UserError
 
 
 
@@ -75,15 +76,6 @@ def pictures(tmp_path_factory):
 
 def values(row):
     return {name: row[name] for name in (*evaluate.METRICS, "is_std") if name in row}
-
-
-def refused(result, *words):
-    """Whether a call ended in one sentence with these words, without a traceback."""
-    code, out, err = result
-    last = err.strip().splitlines()[-1]
-    assert code in (1, 2) and "error: " in last and "Traceback" not in err, result
-    for word in words:
-        assert word in last, (word, last)
 
 
 # ------------------------------------------------------------------------------------- images and references
@@ -391,3 +383,17 @@ def test_lpips_finds_copies_among_the_training_images(lpips_files, call, tmp_pat
     assert row["copies"] == 3 / 12 and "LPIPS 0.1" in row["protocol"]["metric"]
     table = list(csv.DictReader((tmp_path / "out/nearest-lpips.csv").open()))
     assert [float(r["distance"]) < 1e-9 for r in table if r["method"] == "samples"].count(True) == 3
+
+
+def test_a_published_network_is_compared_with_own_ones_and_odd_runs_are_left_out(capsys):
+    def pipeline(method, fingerprint, side=8):
+        return SimpleNamespace(method=method, data=dict(fingerprint=fingerprint), shape=(side, side, 3))
+
+    published, own, oracle = pipeline("baseline", None), pipeline("2sdm", "a"), pipeline("oracle", "a")
+    chosen, asked = SimpleNamespace(method=None, checkpoint=None), SimpleNamespace(method=["joint"])
+    assert evaluate.of_one_kind([published, own, oracle], asked) == [published, own, oracle]
+    for odd in (pipeline("joint", "b"), pipeline("joint", "a", 16), pipeline("joint", None, 16)):
+        assert evaluate.of_one_kind([published, own, odd, oracle], chosen) == [published, own, oracle]
+        assert "Left out: joint" in capsys.readouterr().err
+        with pytest.raises(UserError, match="one --method at a time"):
+            evaluate.of_one_kind([published, own, odd], asked)
