@@ -5,6 +5,7 @@
     python evaluate.py --images samples/ --reference afhqv2-64x64.npz       any images, any usual reference
     python evaluate.py --history                             FID at each snapshot: Fig. 5
     python evaluate.py --nearest clip                        does the model copy? Figs. 6, 7 and 11 to 13
+    python evaluate.py --embeddings                          the prior alone, in the space of y
 
     frechet_distance    FID and sFID: how far apart two sets are, as Gaussians of their features
     inception_score     how sure a classifier is of each image, and how varied over the images
@@ -860,17 +861,19 @@ def without_itself(distances, rows, own):
     return (x[~itself].reshape(len(x), -1) for x in (distances, rows))
 
 
+def floats(pixels, device):
+    """(B, R, R, 3) uint8 -> (B, 3, R, R) float32 in [-1, 1] on the device."""
+    return twosdm.to_float(twosdm.send(np.array(pixels), device)).permute(0, 3, 1, 2)
+
+
 def embedding(args, kind, dataset, saved, device):
     """What `--nearest kind` compares: pixels (B, R, R, 3) -> (B, D); the metric; its power; its name."""
-    def floats(pixels):
-        return twosdm.to_float(twosdm.send(np.array(pixels), device)).permute(0, 3, 1, 2)
-
     if kind == "pixel":
         return lambda pixels: pixels.reshape(len(pixels), -1) / 255.0, "euclidean", 1, "pixels in [0, 1]"
     if kind == "lpips":
         net = Lpips(args.lpips_weights).to(device)
         name = f"LPIPS 0.1 (alex {' '.join(net.sha256)})"
-        return lambda pixels: net.embed(floats(pixels)).cpu(), "euclidean", 2, name
+        return lambda pixels: net.embed(floats(pixels, device)).cpu(), "euclidean", 2, name
     if dataset == "shapes":                                   # the world's own CLIP
         run = Path(args.runs) / dataset / "embedder" / "checkpoint.pt"
         weights = twosdm.load_checkpoint(run, stage="embedder").get("ema")
@@ -884,7 +887,7 @@ def embedding(args, kind, dataset, saved, device):
 
     @_exactly()
     def embed(pixels):
-        return net(floats(pixels)).cpu()
+        return net(floats(pixels, device)).cpu()
 
     name = f"cosine of CLIP {twosdm.fingerprint(net)}" + " (the world's own)" * (dataset == "shapes")
     return embed, "cosine", 1, name
@@ -924,6 +927,53 @@ def compare_neighbours(args, candidates, gallery, how):
                             copies=float((d[:, 0] <= edge).mean()),
                             picture=sheet[:, :-1 - images.shape[2]]))               # without the last gap
     return results, edge, name
+
+
+@torch.no_grad()
+def compare_embeddings(args, device):
+    """--embeddings: the prior's samples among embeddings of training images -> (rows, text).
+
+    Beside them other training embeddings, as good as can be, and draws from a Gaussian of their mean and
+    covariance: all that the Fréchet distance knows of a set, but no more than that.
+    """
+    pipeline = sample.Pipeline(args, "2sdm", device)
+    saved = pipeline.main["config"]
+    if pipeline.prior is None:
+        raise UserError(f"--embeddings compares the samples of a prior: {saved['y']} is drawn without one")
+    embedder = twosdm.unpack_embedder(pipeline.main["embedder"], saved["resolution"],
+                                      args.clip_weights or saved["clip_weights"]).to(device)
+    _, training = training_images(args, saved, saved["resolution"], pipeline.autoencoder)
+    n, generator = min(args.n or 1000, training.n // 2), np.random.default_rng(args.seed)
+    rows = generator.permutation(training.n)[:n + REAL_ROWS]
+
+    def embeddings(rows):
+        with tqdm(total=len(rows), desc="embeddings", unit=" images") as bar:
+            for part in spans(range(len(rows)), args.batch):
+                _, pixels = load(training, rows[part], args.batch, args.skip_bad)
+                yield embedder(floats(pixels, device)).cpu()
+                bar.update(len(pixels))
+
+    other, real = (torch.cat(list(embeddings(np.sort(part)))).double() for part in (rows[:n], rows[n:]))
+    seeds = range(args.seed, args.seed + n)
+    drawn = torch.cat([pipeline.conditions(list(seeds[part]))[0].cpu() for part in tqdm(
+        spans(range(n), args.batch), desc="prior", unit=" batches")]).double()
+    dims, results = real.shape[1], []
+    known = RunningStats(dims).update(real).result()
+    gaussian = torch.from_numpy(generator.multivariate_normal(*known, n, method="eigh"))
+    protocol = dict(dataset=pipeline.main["dataset"], metric="of embeddings", n_real=len(real), n_generated=n,
+                    k=K, seed=args.seed)
+    for described, y in ((dict(method="training"), other), (dict(method="Gaussian"), gaussian),
+                         (pipeline.describe(), drawn)):
+        precision, recall = precision_recall(real, y, K)
+        results.append(dict(
+            described, frechet=frechet_distance(*known, *RunningStats(dims).update(y).result()),
+            precision=precision, recall=recall, median_distance=float(np.median(nearest(y, real)[0])),
+            rms=float(y.square().mean().sqrt()), protocol=protocol))
+    columns = {"Fréchet": "frechet", "precision": "precision", "recall": "recall",
+               "nearest": "median_distance", "rms": "rms"}
+    return results, (f"{n} embeddings of each kind, of {dims} dimensions, against {len(real)} of training "
+                     f"images.\nnearest: the median distance to the nearest of these\n"
+                     + table(results, columns))
 
 
 # ============================================================================================================
@@ -1071,7 +1121,7 @@ def read_rows(paths):
         for line in Path(path).read_text().splitlines():
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                if "protocol" in row and "nearest" not in row:
+                if "protocol" in row and "metric" not in row["protocol"]:
                     yield str(path), row
 
 
@@ -1215,7 +1265,7 @@ def parse():
     add("--method", nargs="+", choices=list(sample.METHODS),
         help="what to compare (default: all that are trained)")
     add("--n", type=at_least(2, int), help="images per method (default: 1000 on shapes and folders, "
-        "otherwise 50000; with --history 20000, with --nearest 100)")
+        "otherwise 50000; with --history 20000, --embeddings 1000, --nearest 100)")
     add("--metrics", help=f"some of {','.join(METRICS)} (default: all; with --history fid)")
     add("--images", metavar="PATH",
         help="evaluate these instead of runs: a folder, a zip, or an .npz with arr_0")
@@ -1227,6 +1277,8 @@ def parse():
         "(train.py --snapshots), with the newest prior: table, CSV and figure")
     add("--nearest", choices=("lpips", "clip", "pixel"), help="instead of metrics the nearest training "
         "images of each sample: pictures, CSV, histogram, and the share of samples that look like copies")
+    add("--embeddings", action="store_true", help="instead of metrics of images those of the prior's samples "
+        "among the embeddings of training images")
     add("--tables", nargs="*", metavar="FILE", help="instead: the paper's Tables 1, 3, 4, 5 as Markdown, "
         "from these results.jsonl (default: all below --runs) of one or several training seeds")
     add("--figure", type=int, choices=(4,), help="instead: Fig. 4, the oracle's FID against the dimension "
@@ -1251,6 +1303,9 @@ def parse():
         raise UserError("--history evaluates all snapshots of a run: leave --nearest and --checkpoint away")
     if args.images and (args.method or args.checkpoint or args.history):
         raise UserError("--images evaluates these alone: leave --method, --checkpoint and --history away")
+    if args.embeddings and (args.images or args.method or args.history or args.nearest):
+        raise UserError("--embeddings is of the prior alone: leave --images, --method, --history and "
+                        "--nearest away")
     if args.images and args.n and not args.nearest:
         raise UserError("--images evaluates all of them: leave --n away")
     if args.images and not args.dataset:
@@ -1439,7 +1494,8 @@ def measure(args, task, device):
                 resolution=source.resolution, seed=args.seed),
                 seconds=round(time.perf_counter() - began, 2), machine=sample.device_name(device),
                 timing=source.timing()))
-            append(args, task, rows[-1])
+            if not args.images:
+                append(task.folder, rows[-1])
     if not rows:
         return rows, "", []
     warn(rows, metrics, network)
@@ -1465,14 +1521,13 @@ def warn(rows, metrics, network):
               file=sys.stderr)
 
 
-def append(args, task, row):
+def append(folder, row):
     """Adds a line to the run's results.jsonl, which grows: no evaluation is ever lost."""
-    if not args.images:
-        path = task.folder / "results.jsonl"
-        with twosdm.user_errors(f"{path} cannot be written"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+    path = folder / "results.jsonl"
+    with twosdm.user_errors(f"{path} cannot be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def output(args, task):
@@ -1498,7 +1553,8 @@ def find_copies(args, task, device):
     for row in results:
         rows.append(dict({key: x for key, x in row.items() if not isinstance(x, np.ndarray)},
                          nearest=args.nearest, protocol=dict(protocol, n_generated=len(row["items"]))))
-        append(args, task, rows[-1])
+        if not args.images:
+            append(task.folder, rows[-1])
     return rows, (f"{name}: distance to the nearest of {gallery.n} training images. copies: the share "
                   f"of samples nearer to\none than 95 % of training images are to another; {QUANTILE} is "
                   f"chance, 1 is a copier\n{text}"), files
@@ -1520,15 +1576,22 @@ def main():
         return 0
     device = twosdm.pick_device(args.device)
     twosdm.join_processes(device)
-    task = find_task(args, device)
-    rows, text, files = (find_copies if args.nearest else measure)(args, task, device)
+    if args.embeddings:
+        (rows, text), files = compare_embeddings(args, device), []
+        folder = Path(args.runs) / rows[0]["protocol"]["dataset"]
+        for row in () if twosdm.rank() else rows:
+            append(folder, row)
+    else:
+        task = find_task(args, device)
+        rows, text, files = (find_copies if args.nearest else measure)(args, task, device)
+        folder = task.folder
     if twosdm.rank() or not rows:
         return 0
     print(json.dumps(rows, indent=1) if args.json == "-" else text)
     if args.json not in (None, "-"):
         with twosdm.written(args.json) as fresh:
             fresh.write_text(json.dumps(rows, indent=1))
-    for file in files if args.images else [*files, task.folder / "results.jsonl"]:
+    for file in files if args.images else [*files, folder / "results.jsonl"]:
         print(f"-> {file}", file=sys.stderr)
     return 0
 

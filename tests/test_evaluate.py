@@ -1,5 +1,6 @@
 """evaluate.py as a user runs it: images and references, processes, neighbours, histories, bad input."""
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -19,7 +20,6 @@ import sample
 import twosdm
 from test_metrics import lpips_files, public_layout, weights_file          # noqa: F401 (fixtures)
 from twosdm import UserError
-
 
 
 @pytest.fixture(autouse=True)
@@ -276,6 +276,31 @@ def test_neighbours_are_written_as_pictures_distances_and_a_verdict(runs, call, 
     refused(call(evaluate, "--runs", runs, "--nearest", "lpips", cwd=tmp_path), "31x31", "--nearest clip")
 
 
+def test_embeddings_at_temperature_0_are_the_mean_alone(runs, call, tmp_path):
+    flags = ["--runs", runs, "--embeddings", "--n", 12, "--json", "-"]
+    before = (runs / "shapes/results.jsonl").read_text() if (runs / "shapes/results.jsonl").exists() else ""
+    for temperature in (1, 0):
+        code, out, err = call(evaluate, *flags, "--temperature", temperature, cwd=tmp_path)
+        assert code == 0, err
+        others, gaussian, ours = json.loads(out)
+        assert (others["method"], gaussian["method"], ours["method"]) == ("training", "Gaussian", "2sdm")
+        assert 0 < others["frechet"] and 0 < gaussian["frechet"]
+    saved = twosdm.load_checkpoint(runs / "shapes/image/checkpoint.pt")
+    config = dataclasses.replace(twosdm.TrainConfig(**saved["config"]), runs=str(runs))
+    images = twosdm.load_images(config)
+    rows = np.random.default_rng(0).permutation(len(images))[12:]
+    with torch.no_grad():
+        y = twosdm.unpack_embedder(saved["embedder"], 16)(images.batch(np.sort(rows))).double()
+    mean = twosdm.load_checkpoint(runs / "shapes/prior/checkpoint.pt")["y_mean"].cpu().double()
+    assert ours["protocol"]["n_real"] == len(rows) and ours["protocol"]["n_generated"] == 12
+    expected = (y.mean(0) - mean).square().sum() + torch.cov(y.T).trace()              # of a point: C = 0
+    assert ours["frechet"] == pytest.approx(float(expected), rel=1e-5)
+    assert ours["median_distance"] == pytest.approx(float((y - mean).norm(dim=1).min()), rel=1e-5)
+    assert ours["rms"] == pytest.approx(float(mean.square().mean().sqrt()), rel=1e-5)
+    assert len((runs / "shapes/results.jsonl").read_text()[len(before):].splitlines()) == 6
+    refused(call(evaluate, *flags, "--method", "oracle", cwd=tmp_path), "--embeddings", "--method")
+
+
 def test_history_has_a_value_for_each_snapshot_of_each_method(runs, call, tmp_path, monkeypatch):
     flags = ["--runs", runs, "--history", "--n", 20, "--metrics", "fid,is", "--out", tmp_path / "out"]
     code, out, err = call(evaluate, *flags, cwd=tmp_path)
@@ -335,7 +360,8 @@ def test_tables_average_training_seeds_and_keep_variants_apart(call, tmp_path):
     rows.append({k: x for k, x in again.items() if k not in ("is", "sfid", "precision", "recall")})
     rows.append(result("baseline", 30.0, None, dataset="edm-ffhq"))    # a published network
     rows.append(result("2sdm", 1.5, 1, guidance=2.0))
-    rows.append(dict(result("2sdm", 0, 0), nearest="pixel"))
+    rows.append(result("2sdm", 0, 0))
+    rows[-1]["protocol"] = dict(rows[-1]["protocol"], metric="pixels in [0, 1]")       # of --nearest
     write_results(tmp_path / "runs/shapes/results.jsonl", rows)
     with open(tmp_path / "runs/shapes/results.jsonl", "a") as file:
         file.write('{"method": "2sd')                                  # cut short by a kill
