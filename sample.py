@@ -49,7 +49,7 @@ class Pipeline:
 
     def __init__(self, args, method, device, own_images=False):
         self.args, self.method, self.device = args, method, device
-        self.seconds, self.drawn_images = np.zeros(2), 0                # of stage 1 and stage 2
+        self.batches = []                             # of each: seconds of stage 1, of stage 2, images
         self.precision = twosdm.set_precision(args.precision, device, auto="tf32")
         given, y = load_given(args.checkpoint), args.y
         if "image" in given:
@@ -206,8 +206,7 @@ class Pipeline:
         conditions = self.conditions(seeds)
         between = self.clock()
         pixels = self.draw(seeds, *conditions)
-        self.seconds += (between - began, self.clock() - between)
-        self.drawn_images += len(pixels)
+        self.batches.append((between - began, self.clock() - between, len(pixels)))
         return pixels
 
     def clock(self):
@@ -217,11 +216,15 @@ class Pipeline:
         return time.perf_counter()
 
     def timing(self):
-        """What this pipeline has measured of itself (Table 5), or None if it has drawn nothing."""
-        if not self.drawn_images:
+        """What this pipeline has measured of itself (Table 5), or None if it has drawn nothing.
+
+        The first of several batches is left out: it warms up caches, kernels and clocks.
+        """
+        if not self.batches:
             return None
-        return dict(ms_per_image=round(1000 * self.seconds.sum() / self.drawn_images, 3),
-                    prior_share=round(self.seconds[0] / self.seconds.sum(), 5), images=self.drawn_images,
+        prior, image, images = np.sum(self.batches[1:] or self.batches, 0)
+        return dict(ms_per_image=round(1000 * (prior + image) / images, 3),
+                    prior_share=round(prior / (prior + image), 5), images=int(images),
                     batch=self.args.batch, device=device_name(self.device))
 
     def autocast(self):

@@ -1,6 +1,7 @@
 """Interpolations, several images per embedding, variations of given images, and what their folders hold."""
 import argparse
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -252,3 +253,14 @@ def test_latents_and_classes_have_the_modes_too(call, tmp_path, drawn):
     assert call(sample, "--interpolate", 2, "--seed", seed, "--slerp", "y", cwd=tmp_path)[0] == 0
     assert all(torch.equal(a, model.labels([seed])[0]) for _, _, a, _ in drawn)
     assert Image.open("samples/imagenet-latent-oracle-like/000001-02.png").size == (16, 16)
+
+
+def test_times_are_those_of_all_batches_but_the_first():
+    pipeline = object.__new__(sample.Pipeline)
+    pipeline.args, pipeline.device, pipeline.batches = SimpleNamespace(batch=4), torch.device("cpu"), []
+    assert pipeline.timing() is None
+    for batch, found in (((9.0, 1.0, 4), (2500.0, 0.9, 4)), ((1.0, 3.0, 4), (1000.0, 0.25, 4)),
+                         ((0.5, 1.5, 2), (1000.0, 0.25, 6))):
+        pipeline.batches.append(batch)
+        timing = pipeline.timing()
+        assert (timing["ms_per_image"], timing["prior_share"], timing["images"]) == found
