@@ -936,13 +936,16 @@ def compare_embeddings(args, device):
     Beside them other training embeddings, as good as can be, and draws from a Gaussian of their mean and
     covariance: all that the Fréchet distance knows of a set, but no more than that.
     """
+    sample.load_given(args.checkpoint, ["2sdm"])              # refuses others
     pipeline = sample.Pipeline(args, "2sdm", device)
     saved = pipeline.main["config"]
     if pipeline.prior is None:
         raise UserError(f"--embeddings compares the samples of a prior: {saved['y']} is drawn without one")
     embedder = twosdm.unpack_embedder(pipeline.main["embedder"], saved["resolution"],
                                       args.clip_weights or saved["clip_weights"]).to(device)
-    _, training = training_images(args, saved, saved["resolution"], pipeline.autoencoder)
+    images, training = training_images(args, saved, saved["resolution"], pipeline.autoencoder)
+    if images and images.fingerprint != pipeline.data["fingerprint"]:
+        raise UserError("the training images are not those of this prior: give its own with --data")
     n, generator = min(args.n or 1000, training.n // 2), np.random.default_rng(args.seed)
     rows = generator.permutation(training.n)[:n + REAL_ROWS]
 
@@ -961,7 +964,7 @@ def compare_embeddings(args, device):
     known = RunningStats(dims).update(real).result()
     gaussian = torch.from_numpy(generator.multivariate_normal(*known, n, method="eigh"))
     protocol = dict(dataset=pipeline.main["dataset"], metric="of embeddings", n_real=len(real), n_generated=n,
-                    k=K, seed=args.seed)
+                    k=K, seed=args.seed, reference_key=training.key)
     for described, y in ((dict(method="training"), other), (dict(method="Gaussian"), gaussian),
                          (pipeline.describe(), drawn)):
         precision, recall = precision_recall(real, y, K)
@@ -1017,7 +1020,8 @@ def save_figure(path, draw, **labels):
     axes = figure.add_subplot(**labels)
     draw(axes)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     with twosdm.written(path) as fresh:
         figure.savefig(fresh, format="png")
     return [path]
@@ -1121,31 +1125,53 @@ def read_rows(paths):
         for line in Path(path).read_text().splitlines():
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                if "protocol" in row and "metric" not in row["protocol"]:
+                if isinstance(row, dict) and "protocol" in row and "metric" not in row["protocol"]:
                     yield str(path), row
 
 
+def ways(row):
+    """What evaluations must have in common to be compared: that of their metrics, that of their sampler."""
+    steps, churn, s_noise = (row.get(name) for name in ("steps", "churn", "s_noise"))
+    return (tuple(row["protocol"].get(name) for name in (
+        "dataset", "n_generated", "reference", "n_real", "resolution", "weights")),
+        (steps, churn, s_noise if churn else None))
+
+
 def read_results(paths):
-    """Evaluations -> [(data set, samples, {title: [row of each training run]})], one per way of sampling.
+    """Evaluations -> [(the two `ways`, {title: [row of each training run]})].
 
     A run is told by file and training seed: several seeds are averaged. Of a run's history the end counts; of
-    repeated evaluations the last value of each metric.
+    repeated evaluations of the same networks the last value of each metric. Runs of other lengths than the
+    longest are named apart.
     """
-    found = {}
-    for path, row in sorted(read_rows(paths), key=lambda pair: pair[1]["method"] == "real"):
-        dataset, n = row["protocol"]["dataset"], row["protocol"]["n_generated"]
-        way = [row["protocol"].get("reference"), *(row.get(name) for name in ("steps", "churn", "s_noise"))]
+    found, real, tables = {}, {}, []
+    for path, row in read_rows(paths):
+        metrics, sampler = ways(row)
+        row, run = dict(row, path=path), (path, row.get("train_seed"))
         if row["method"] == "real":
-            way = next((json.loads(key)[2:] for key in found if json.loads(key)[:2] == [dataset, n]), way)
-        methods = found.setdefault(json.dumps([dataset, n, *way]), (dataset, n, {}))[2]
-        runs, run = methods.setdefault(title(row), {}), (path, row.get("train_seed"))
+            real.setdefault(metrics, {})[run] = row
+            continue
+        runs = found.setdefault((metrics, sampler), {}).setdefault(title(row), {})
         before = runs.get(run, {})
-        if trained_on(row) > trained_on(before):
-            runs[run] = row
-        elif trained_on(row) == trained_on(before) or not before:
+        again = all(before.get(name) == row.get(name) for name in ("networks", "arithmetic")) and (
+            before and before["protocol"].get("seed") == row["protocol"].get("seed"))
+        if again:
             runs[run] = before | {name: value for name, value in row.items() if value is not None}
-    return [(dataset, n, {name: list(runs.values()) for name, runs in methods.items()})
-            for dataset, n, methods in found.values()]
+        elif trained_on(row) >= trained_on(before):
+            runs[run] = row
+    for metrics in real.keys() - {metrics for metrics, _ in found}:
+        found[metrics, (None, None, None)] = {}
+    for (metrics, sampler), titles in found.items():
+        methods = {}
+        for name, runs in titles.items():
+            longest = max(map(trained_on, runs.values()))
+            for row in sorted(runs.values(), key=trained_on, reverse=True):
+                shorter = f" after {trained_on(row):,} images" * (trained_on(row) < longest)
+                methods.setdefault(name + shorter, []).append(row)
+        if metrics in real:
+            methods["other real images"] = list(real[metrics].values())
+        tables.append((metrics, sampler, methods))
+    return tables
 
 
 def trained_on(row):
@@ -1170,11 +1196,12 @@ def markdown(headings, rows):
 def tables(paths):
     """Tables 1, 3, 4 and 5 from all evaluations in results.jsonl files, beside the paper's, as Markdown."""
     keys, text = dict(zip(ORDER, ("is", "precision", "recall", "fid", "sfid"))), []
-    for dataset, n, methods in read_results(paths):
+    for (dataset, n, against, known, _, weights), (steps, churn, _), methods in read_results(paths):
         seeds = sorted({row.get("train_seed") for rows in methods.values() for row in rows} - {None})
         devices = sorted({row["machine"] for rows in methods.values() for row in rows if "machine" in row})
-        usual = next(row for rows in methods.values() for row in rows)
-        text.append(f"## {dataset}: {n:,} samples, {usual.get('steps')} steps, training seeds "
+        how = f", {steps} steps" * (steps is not None) + (f" of churn {churn:g}" if churn else "")
+        text.append(f"## {dataset}: {n:,} samples against {f'{known:,} images, ' if known else ''}{against}"
+                    f"{f', features {weights}' if weights else ''}{how}, training seeds "
                     f"{', '.join(map(str, seeds)) or 'unknown'}, on {', '.join(devices) or 'unknown'}")
         rows = [[name, *(spread([row.get(key) for row in runs], 3 if "r" in key else 1 if key == "is" else 2)
                          for key in keys.values()), str(len(runs))] for name, runs in methods.items()]
@@ -1197,10 +1224,11 @@ def tables(paths):
 
 def improvements(dataset, methods):
     """The rows of Table 3: by how much of EDM's FID 2SDM and the oracle are lower."""
-    def by_seed(name):
-        return {row.get("train_seed"): row["fid"] for row in methods.get(name, ()) if "fid" in row}
+    def runs(name):
+        return {(row["path"], row.get("train_seed"), trained_on(row)): row["fid"]
+                for row in methods.get(name, ()) if "fid" in row}
 
-    edm, ours, oracle = by_seed("EDM"), by_seed("2SDM"), by_seed("2SDM + oracle")
+    edm, ours, oracle = runs("EDM"), runs("2SDM"), runs("2SDM + oracle")
     cases = [("here", [(edm[s], ours[s], oracle.get(s)) for s in edm if s in ours])]
     cases += [("paper, from scratch", [PAPER_ORACLE[dataset]])] if dataset in PAPER_ORACLE else []
     rows = []
@@ -1224,16 +1252,20 @@ def write_figure_4(paths, folder):
         if plain and "fid" in row:
             size = int(size) if size else 0 if y == "none" else row["y_dim"]
             for curve in ("pca", "kmeans") if size == 0 else ("pca",) if kind == "clip" else (kind,):
-                key = row["protocol"]["dataset"], curve, trained_on(row), row["protocol"]["n_generated"], size
-                points.setdefault(key, {})[path, row.get("train_seed"), row.get("steps")] = row["fid"]
+                points.setdefault((curve, ways(row), trained_on(row), size), {})[
+                    path, row.get("train_seed")] = row["fid"]
     if not points:
         raise UserError("there are no evaluations of the oracle yet: train.py --stage image --y pca:8, then "
                         "evaluate.py --method oracle --y pca:8, and so on")
     rows = []
-    for (dataset, curve, images, n, size), runs in sorted(points.items()):
-        fids = list(runs.values())
-        rows.append(dict(y=f"{dataset}, {curve}", images=images, n=n, dims=size, fid=float(np.mean(fids)),
-                         runs=len(fids), std=float(np.std(fids, ddof=1)) if len(fids) > 1 else 0.0))
+    several = len({(way[0][2:], way[1]) for _, way, _, _ in points}) > 1
+    for (curve, way, images, size), runs in sorted(
+            points.items(), key=lambda point: (point[0][0], str(point[0][1]), *point[0][2:])):
+        fids, (dataset, n, *which), steps = list(runs.values()), way[0], way[1]
+        said = f" ({', '.join(str(x) for x in (*which, *steps) if x is not None)})" * several
+        rows.append(dict(y=f"{dataset}, {curve}{said}", images=images, n=n, dims=size,
+                         fid=float(np.mean(fids)), runs=len(fids),
+                         std=float(np.std(fids, ddof=1)) if len(fids) > 1 else 0.0))
     files = [folder / "figure-4.csv"]
     save_csv(files[0], rows, ["y", "images", "n", "dims", "fid", "std", "runs"])
 
@@ -1303,9 +1335,10 @@ def parse():
         raise UserError("--history evaluates all snapshots of a run: leave --nearest and --checkpoint away")
     if args.images and (args.method or args.checkpoint or args.history):
         raise UserError("--images evaluates these alone: leave --method, --checkpoint and --history away")
-    if args.embeddings and (args.images or args.method or args.history or args.nearest):
-        raise UserError("--embeddings is of the prior alone: leave --images, --method, --history and "
-                        "--nearest away")
+    if args.embeddings and (args.images or args.method or args.history or args.nearest or args.reference
+                            or args.save_reference):
+        raise UserError("--embeddings compares a prior with its training images: leave --images, --method, "
+                        "--history, --nearest, --reference and --save-reference away")
     if args.images and args.n and not args.nearest:
         raise UserError("--images evaluates all of them: leave --n away")
     if args.images and not args.dataset:
@@ -1526,8 +1559,9 @@ def append(folder, row):
     path = folder / "results.jsonl"
     with twosdm.user_errors(f"{path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        cut = path.exists() and not path.read_bytes().endswith(b"\n")        # by a kill
         with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("\n" * cut + json.dumps(row) + "\n")
 
 
 def output(args, task):

@@ -127,14 +127,16 @@ class Pipeline:
     def describe(self):
         """What the images depend on, for the record."""
         saved, packed = self.main["config"], self.main["embedder"]
-        tags = {c["config"].get("tag", "") for c in self.checkpoints.values()}
+        tags = {stage: c["config"].get("tag", "") for stage, c in self.checkpoints.items()}
+        alike = len(set(tags.values())) == 1
+        tags = {tag if alike else f"{stage} {tag}" for stage, tag in tags.items() if tag}
         return dict(sampler="Algorithm 2, streams by name", device=self.device.type, method=self.method,
                     dataset=self.main["dataset"], steps=self.sampler.steps,
                     image_steps=self.image_sampler.steps, churn=self.sampler.s_churn,
                     s_noise=self.sampler.s_noise, label=self.args.label, arithmetic=self.precision,
                     y=saved.get("y", "clip"), y_dim=packed["dim"] if packed else 0, prompt=self.args.prompt,
                     guidance=self.args.guidance, temperature=self.args.temperature,
-                    train_seed=saved.get("seed"), tags=sorted(tags - {""}),
+                    train_seed=saved.get("seed"), tags=sorted(tags),
                     vae=twosdm.fingerprint(self.autoencoder) if self.autoencoder else None,
                     fingerprints=self.main["fingerprints"],
                     images_seen={s: c["seen"] for s, c in self.checkpoints.items()},

@@ -364,15 +364,42 @@ def test_tables_average_training_seeds_and_keep_variants_apart(call, tmp_path):
     rows[-1]["protocol"] = dict(rows[-1]["protocol"], metric="pixels in [0, 1]")       # of --nearest
     write_results(tmp_path / "runs/shapes/results.jsonl", rows)
     with open(tmp_path / "runs/shapes/results.jsonl", "a") as file:
-        file.write('{"method": "2sd')                                  # cut short by a kill
+        file.write('null\n{"method": "2sd')                            # cut short by a kill
+    evaluate.append(tmp_path / "runs/shapes", result("2sdm", 7.0, 0, tags=["after"]))
     code, out, err = call(evaluate, "--tables", cwd=tmp_path)
     assert code == 0 and "training seeds 0, 1, 2" in out
     assert "| 2SDM | 3.0 ± 0.0 | 0.500 ± 0.000 | 0.250 ± 0.000 | 3.00 ± 1.00 | 10.00 ± 0.00 | 3 |" in out
-    for name in ("Class-cond (K = 64)", "2SDM (17 steps)", "2SDM (W = 2)"):
+    for name in ("Class-cond (K = 64)", "2SDM (17 steps)", "2SDM (W = 2)", "2SDM (after)"):
         assert f"| {name} | 3.0 | 0.500 | 0.250 |" in out
     gains = [100 * (1 - (2 + s) / (8 + s)) for s in range(3)]
     assert f"{np.mean(gains):.1f} ± {np.std(gains, ddof=1):.1f} %" in out
     assert "| 2SDM + oracle | 20.0 ± 0.0 | 3.0 ± 0.0 % | 2.00 ± 1.00 |" in out              # Table 5
+
+
+def test_unlike_evaluations_are_neither_averaged_nor_compared(call, tmp_path):
+    def other(row, **protocol):
+        return dict(row, protocol=dict(row["protocol"], **protocol))
+
+    a = [result("baseline", 8.0, 0), result("2sdm", 2.0, 0, networks="a"),
+         other(result("2sdm", 4.0, 0), weights="others"), other(result("real", 1.0, None), weights="others"),
+         other(result("2sdm", 5.0, 0), n_real=500)]
+    b = [result("2sdm", 6.0, 0), result("baseline", 10.0, 1, images_seen={"baseline": 11})]
+    again = {"method": "2sdm", "fid": 3.0, "networks": "b", "train_seed": 0, "steps": 18, "image_steps": 18,
+             "images_seen": {"prior": 9, "image": 44}, "protocol": result("2sdm", 0, 0)["protocol"]}
+    files = [write_results(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", [*a, again]), ("b", b))]
+    code, out, err = call(evaluate, "--tables", *files, cwd=tmp_path)
+    assert code == 0 and out.count("Tables 1 and 4") == 3
+    assert "| 2SDM | 3.0 | 0.500 | 0.250 | 4.50 ± 2.12 | 10.00 | 2 |" in out   # retrained: nothing of before
+    assert re.search(r"\| EDM \| .* \| 8.00 \| 10.00 \| 1 \|", out) and "| EDM after 11 images |" in out
+    assert "| here | 8.00 | 3.00 | – | 62.5 % |" in out                       # of one file and one length
+    assert out.index("| 4.00 |") < out.index("| other real images |")
+    assert out.count("other real images | 3.0 | 0") == 1
+    rows = [result("oracle", 50.0, 0), result("oracle", 90.0, 0, steps=5, image_steps=5)]
+    write_results(tmp_path / "runs/shapes/results.jsonl", rows)
+    code, out, err = call(evaluate, "--figure", 4, cwd=tmp_path)
+    assert code == 0
+    table = list(csv.DictReader(open(tmp_path / "runs/figure-4.csv")))
+    assert sorted(float(row["fid"]) for row in table) == [50, 90] and len({row["y"] for row in table}) == 2
 
 
 def test_figure_4_has_a_curve_for_each_reduction_and_budget(call, tmp_path):
