@@ -333,6 +333,14 @@ def test_temperature_0_is_the_mean_embedding_and_1_the_plain_sample(runs):
             pipeline(runs, method, "--temperature", 0.5)
 
 
+def test_the_mean_embedding_is_that_of_images_as_they_are(mine):
+    job, *_ = job_of(mine, "prior", augment=0.9, views=2)
+    with torch.no_grad():
+        expected = job.embedder(job.images.batch(np.arange(48))).mean(0)
+        augmented = torch.from_numpy(np.array(job.bank[:48, :-9])).mean(0)
+    assert (job.more["y_mean"] - expected).abs().max() < 1e-5 < (augmented - expected).abs().max()
+
+
 # Captions
 
 def test_the_prior_is_told_the_caption_of_the_same_image(runs):
