@@ -1270,14 +1270,23 @@ def write_figure_4(paths, folder):
     save_csv(files[0], rows, ["y", "images", "n", "dims", "fid", "std", "runs"])
 
     def draw(axes):
+        from matplotlib.ticker import LogLocator
+
+        sizes = {row["n"] for row in rows}
         for curve in dict.fromkeys((row["y"], row["images"], row["n"]) for row in rows):
             line = [row for row in rows if (row["y"], row["images"], row["n"]) == curve]
             dims, fid, std = ([row[name] for row in line] for name in ("dims", "fid", "std"))
             if len(line) > 1:
+                label = f"{curve[0]}, {curve[1]:,} images" + f", n = {curve[2]:,}" * (len(sizes) > 1)
                 axes.errorbar(dims, fid, std, fmt="o--" if "kmeans" in curve[0] else "o-", capsize=2,
-                              label=f"{curve[0]}, {curve[1]:,} images, n = {curve[2]:,}")
-        axes.set_xscale("symlog", linthresh=1)
+                              label=label)
+        axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.set_xticks(sorted({row["dims"] for row in rows}))
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+        for axis in axes.xaxis, axes.yaxis:
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
 
     files += save_figure(folder / "figure-4.png", draw, xlabel="dimensions (pca) or clusters (kmeans) of y",
                          ylabel="FID, oracle")
