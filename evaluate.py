@@ -975,7 +975,7 @@ def compare_embeddings(args, device):
     columns = {"Fréchet": "frechet", "precision": "precision", "recall": "recall",
                "nearest": "median_distance", "rms": "rms"}
     return results, (f"{n} embeddings of each kind, of {dims} dimensions, against {len(real)} of training "
-                     f"images.\nnearest: the median distance to the nearest of these\n"
+                     "images.\nnearest: the median distance to the nearest of these. rms: of an element\n"
                      + table(results, columns))
 
 
@@ -1133,7 +1133,7 @@ def ways(row):
     """What evaluations must have in common to be compared: that of their metrics, that of their sampler."""
     steps, churn, s_noise = (row.get(name) for name in ("steps", "churn", "s_noise"))
     return (tuple(row["protocol"].get(name) for name in (
-        "dataset", "n_generated", "reference", "n_real", "resolution", "weights")),
+        "dataset", "n_generated", "reference", "n_real", "resolution", "weights", "seed")),
         (steps, churn, s_noise if churn else None))
 
 
@@ -1153,9 +1153,7 @@ def read_results(paths):
             continue
         runs = found.setdefault((metrics, sampler), {}).setdefault(title(row), {})
         before = runs.get(run, {})
-        again = all(before.get(name) == row.get(name) for name in ("networks", "arithmetic")) and (
-            before and before["protocol"].get("seed") == row["protocol"].get("seed"))
-        if again:
+        if before and all(before.get(name) == row.get(name) for name in ("networks", "arithmetic")):
             runs[run] = before | {name: value for name, value in row.items() if value is not None}
         elif trained_on(row) >= trained_on(before):
             runs[run] = row
@@ -1196,10 +1194,11 @@ def markdown(headings, rows):
 def tables(paths):
     """Tables 1, 3, 4 and 5 from all evaluations in results.jsonl files, beside the paper's, as Markdown."""
     keys, text = dict(zip(ORDER, ("is", "precision", "recall", "fid", "sfid"))), []
-    for (dataset, n, against, known, _, weights), (steps, churn, _), methods in read_results(paths):
+    for (dataset, n, against, known, _, weights, seed), (steps, churn, _), methods in read_results(paths):
         seeds = sorted({row.get("train_seed") for rows in methods.values() for row in rows} - {None})
         devices = sorted({row["machine"] for rows in methods.values() for row in rows if "machine" in row})
-        how = f", {steps} steps" * (steps is not None) + (f" of churn {churn:g}" if churn else "")
+        how = f", from seed {seed}" * bool(seed) + f", {steps} steps" * (steps is not None)
+        how += f" of churn {churn:g}" if churn else ""
         text.append(f"## {dataset}: {n:,} samples against {f'{known:,} images, ' if known else ''}{against}"
                     f"{f', features {weights}' if weights else ''}{how}, training seeds "
                     f"{', '.join(map(str, seeds)) or 'unknown'}, on {', '.join(devices) or 'unknown'}")
@@ -1250,10 +1249,14 @@ def write_figure_4(paths, folder):
         kind, _, size = y.partition(":")
         plain = title(row) in ("EDM", "2SDM + oracle", f"2SDM + oracle ({y})")          # no tags, no guidance
         if plain and "fid" in row:
-            size = int(size) if size else 0 if y == "none" else row["y_dim"]
-            for curve in ("pca", "kmeans") if size == 0 else ("pca",) if kind == "clip" else (kind,):
+            size = int(size) if size else row["y_dim"]
+            places = [("pca", 0), ("kmeans", 1)] if y == "none" else [
+                ("pca" if kind == "clip" else kind, size)]
+            for curve, size in places:                # EDM is told as little as one cluster tells
                 points.setdefault((curve, ways(row), trained_on(row), size), {})[
                     path, row.get("train_seed")] = row["fid"]
+    told = {(curve, *which) for curve, *which, size in points if (curve, size) != ("kmeans", 1)}
+    points = {key: runs for key, runs in points.items() if key[0] == "pca" or key[:3] in told}
     if not points:
         raise UserError("there are no evaluations of the oracle yet: train.py --stage image --y pca:8, then "
                         "evaluate.py --method oracle --y pca:8, and so on")
