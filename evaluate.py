@@ -825,6 +825,8 @@ def load(source, rows, batch, skip_bad=False):
         found.append((readable(span, faults), np.array(pixels)))
     every = sorted((pair for some in twosdm.gather(found) for pair in some if len(pair[0])),
                    key=lambda pair: pair[0][0])
+    if not every:
+        raise UserError(f"none of {len(rows)} images of {source.name} can be read: repair or remove them")
     return tuple(np.concatenate(x) for x in zip(*every))
 
 
@@ -947,6 +949,8 @@ def compare_embeddings(args, device):
     if images and images.fingerprint != pipeline.data["fingerprint"]:
         raise UserError("the training images are not those of this prior: give its own with --data")
     n, generator = min(args.n or 1000, training.n // 2), np.random.default_rng(args.seed)
+    if n <= K:
+        raise UserError(f"--embeddings needs --n of more than {K}, and twice as many training images")
     rows = generator.permutation(training.n)[:n + REAL_ROWS]
 
     def embeddings(rows):
@@ -1157,8 +1161,8 @@ def read_results(paths):
             runs[run] = before | {name: value for name, value in row.items() if value is not None}
         elif trained_on(row) >= trained_on(before):
             runs[run] = row
-    for metrics in real.keys() - {metrics for metrics, _ in found}:
-        found[metrics, (None, None, None)] = {}
+    compared = {metrics for metrics, _ in found}
+    found |= {(metrics, (None, None, None)): {} for metrics in real if metrics not in compared}
     for (metrics, sampler), titles in found.items():
         methods = {}
         for name, runs in titles.items():

@@ -116,7 +116,7 @@ class Diffusion:
         if config.a == "text":                        # unCLIP: the prior learns p(y | caption)
             self.captions = caption_embeddings(inner, config, len(images))
         if config.stage == "prior":                   # about which sample.py --temperature contracts
-            plain = twosdm.embedding_bank(images, inner, folder, seed=config.seed, device=device)
+            plain = twosdm.embedding_bank(images, inner, folder, device=device) if self.augment else bank
             mean = plain[0, :, :-9].mean(0, keepdims=True, dtype=np.float64).astype(np.float32)
             self.more["y_mean"] = self.reduce(torch.from_numpy(mean).to(device))[0]
         if config.stage != "prior":

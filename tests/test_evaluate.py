@@ -299,6 +299,7 @@ def test_embeddings_at_temperature_0_are_the_mean_alone(runs, call, tmp_path):
     assert ours["rms"] == pytest.approx(float(mean.square().mean().sqrt()), rel=1e-5)
     assert len((runs / "shapes/results.jsonl").read_text()[len(before):].splitlines()) == 6
     refused(call(evaluate, *flags, "--method", "oracle", cwd=tmp_path), "--embeddings", "--method")
+    refused(call(evaluate, *flags, "--n", 3, cwd=tmp_path), "--embeddings", "--n")
 
 
 def test_history_has_a_value_for_each_snapshot_of_each_method(runs, call, tmp_path, monkeypatch):
