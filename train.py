@@ -11,9 +11,12 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import math
+import re
 import signal
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +26,300 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import twosdm
-from twosdm import UserError
+from twosdm import ARCHITECTURES, STAGES, UserError
 
+
+# ============================================================================================================
+# 1 Settings: each field is a flag
+# ============================================================================================================
+def option(default, help, low=None, high=None, choices=None):
+    """A setting: its meaning, its bounds."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+K, M = 1_000, 1_000_000
+
+
+@dataclass
+class TrainConfig:
+    """All that determines a training run. Presets change some of the defaults."""
+    stage: str = option("all", "what to train; all = whatever is missing, in this order",
+                        choices=("all", *STAGES, "joint"))
+    dataset: str = option("shapes", "the preset: the data set and the settings that go with it")
+    data: str = option("", "folder or zip with the images (shapes draws its own, cifar10 is downloaded)")
+    images: int = option(25 * M, "length of each stage's training, in images seen", 1)
+    batch: int = option(256, "images per optimizer step", 1, 2**20)
+    lr: float = option(2e-4, "Adam's step size after the ramp", 0, 1)
+    seed: int = option(0, "seed of everything random", 0, 2**31)
+    tag: str = option("", "suffix for the run's folder, to keep a variant beside others")
+    runs: str = option("runs", "folder of all runs")
+    device: str = option("auto", "auto = cuda, else mps, else cpu")
+
+    resolution: int = option(16, "height and width of the images, in pixels", 4, 4096)
+    size: int = option(20_000, "number of training images of shapes", 1, 10 * M)
+    limit: int = option(0, "train on so many of the images, chosen at random; 0 = all", 0)
+    skip_bad: bool = option(False, "leave out images that cannot be read instead of stopping")
+    vae: str = option("", "diffuse in the latent space of this Stable Diffusion VAE, a hub's name or a folder")
+    augment: float = option(0.0, "probability of each geometric augmentation", 0, 1)
+    views: int = option(32, "augmented views per image that the prior is trained on", 1, K)
+
+    embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, a PCA of the pixels, or a small CLIP of "
+                           "the shapes", choices=("clip", "pixels", "shapes"))
+    clip_weights: str = option("openai", "'openai', which open_clip downloads, or a file")
+    y: str = option("clip", "what of the embedding is used: all of it (clip), its first D principal "
+                    "components (pca:D), which of K clusters it is in (kmeans:K), nothing (none)")
+    y_dropout: float = option(0.0, "how often the image model is not told y, for guidance in sampling", 0, 1)
+    a: str = option("none", "what the user conditions on: nothing, the class, or (the prior of shapes alone) "
+                    "the caption's text embedding", choices=("none", "class", "text"))
+
+    prior_width: int = option(512, "width of the prior's tokens", 4, 2**14)
+    prior_depth: int = option(6, "number of transformer blocks of the prior", 1, K)
+    prior_heads: int = option(8, "number of attention heads of the prior", 1, K)
+    prior_predicts: str = option("data", "the prior's output: y itself, or as EDM's networks (Departure)",
+                                 choices=("data", "edm"))
+
+    arch: str = option("ddpm++", "U-Net of the image model and the baseline", choices=tuple(ARCHITECTURES))
+    width: int = option(128, "channels of the U-Net at its finest level, divisible by 4", 4, 2**12)
+    mults: tuple = option((1, 2, 2, 2), "channel multiplier of each level", 1, 64)
+    blocks: int = option(4, "residual blocks per level", 1, 100)
+    attention: tuple = option((16,), "resolutions with self-attention", 1, 4096)
+    dropout: float = option(0.0, "dropout in the U-Net", 0, 0.99)
+    init_from: str = option("", "EDM's .pkl whose weights the image model or baseline starts from")
+
+    lr_ramp: int = option(10 * M, "images over which the step size rises from 0", 0)
+    ema_half_life: int = option(500 * K, "half-life of the weights' moving average, in images", 0)
+    ema_ramp: float = option(0.05, "half-life at most this share of the images seen", 0, 1e9)
+    short: bool = option(False, "a run shorter than the preset's: scale with --images the ramp of the step "
+                         "size and the EMA's half-life")
+
+    steps: int = option(40, "sampling steps (2·steps - 1 network evaluations)", 2, M)
+    churn: float = option(50.0, "S_churn of the sampler; 0 = deterministic", 0, 1e9)
+
+    precision: str = option("auto", "of the networks' arithmetic, weights stay fp32; auto = bf16 on cuda, else "
+                            "fp32", choices=("auto", *PRECISIONS))
+    compile: bool | None = option(None, "torch.compile the network; unset = on cuda")
+    batch_gpu: int = option(0, "images per forward pass, to save memory; 0 = the whole batch", 0)
+    log: int = option(50 * K, "images between lines of log.jsonl", 1)
+    preview: int = option(M, "images between pictures of samples, which the image model draws after "
+                          "embeddings of training images; 0 = none", 0)
+    save: int = option(500 * K, "images between checkpoints", 1)
+    snapshots: int = option(0, "images between snapshots of the averaged weights, which are kept for "
+                            "evaluate.py --history; 0 = none", 0)
+
+
+GROUPS = {                                            # of --help, each by its first setting
+    "stage": "what matters first", "resolution": "data", "embedder": "embedding", "prior_width": "prior",
+    "arch": "image network", "lr_ramp": "training", "steps": "sampling, kept in the checkpoint",
+    "precision": "machine and files",
+}
+SOURCES = dict(                                       # of the defaults above; all others are ours
+    paper="embedder prior_predicts arch steps churn",
+    authors="prior_width prior_depth prior_heads",
+    EDM="width mults blocks attention lr_ramp ema_half_life ema_ramp",
+)
+# The settings that make a run what it is: it may not change them on its way.
+ALWAYS = "dataset resolution size limit seed batch lr lr_ramp ema_half_life ema_ramp"
+PRIOR = " prior_width prior_depth prior_heads prior_predicts"
+UNET = " arch width mults blocks attention dropout init_from"
+IDENTITY = dict(
+    embedder=ALWAYS,
+    prior=ALWAYS + " embedder y a augment views" + PRIOR,
+    image=ALWAYS + " embedder y y_dropout a augment" + UNET,
+    baseline=ALWAYS + " a augment" + UNET,
+    joint=ALWAYS + " embedder a augment" + PRIOR + UNET,
+)
+
+# Settings by data set, in layers (source, stages, settings), of which later ones win. Sources: the paper, its
+# authors' code where the paper is silent, EDM, or ours. Layers of "image" hold for the baseline as well.
+IMAGE = ("image", "baseline", "joint")
+EVERY = ("embedder", "prior", *IMAGE)
+SMALL_PRIOR = dict(lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4)
+SMALL_UNET = dict(batch=32, width=24, mults=(1, 2, 2), blocks=1)
+PAPER_PRIOR = [
+    ("authors", ("prior",), dict(batch=256, lr=1e-4)),
+    ("ours", ("prior",), dict(images=100 * M)),       # the paper: a day on a V100
+]
+IMAGENET = [
+    ("paper", EVERY, dict(augment=0.0)),
+    ("EDM", IMAGE, dict(dropout=0.10, **ARCHITECTURES["adm"])),
+    ("paper", IMAGE, dict(arch="adm", batch=128, lr=1e-4)),
+    ("ours", IMAGE, dict(ema_half_life=500 * K)),     # EDM's 50 M belong to its 2,500 M images
+    *PAPER_PRIOR,
+]
+PRESETS = {
+    "shapes": [
+        ("ours", EVERY, dict(embedder="shapes", lr_ramp=4 * K, views=1, steps=18, churn=0.0)),
+        ("ours", EVERY, dict(log=2 * K, preview=12 * K, save=6 * K)),
+        ("ours", ("embedder",), dict(images=40 * K, lr=2e-3)),
+        ("ours", ("prior", "joint"), dict(images=250 * K, **SMALL_PRIOR)),
+        ("ours", IMAGE, dict(images=44 * K, lr=4e-3, attention=(4,), snapshots=11 * K, **SMALL_UNET)),
+    ],
+    "folder": [                                       # minutes on a CPU; on a GPU, give the U-Net more width
+        ("EDM", EVERY, dict(augment=0.15)),
+        ("ours", EVERY, dict(resolution=32, lr_ramp=4 * K, log=2 * K, preview=6 * K, save=6 * K)),
+        ("ours", ("prior", "joint"), dict(images=400 * K, **SMALL_PRIOR)),
+        ("ours", IMAGE, dict(images=50 * K, lr=2e-3, attention=(8,), dropout=0.05, **SMALL_UNET)),
+    ],
+    "cifar10": [
+        ("EDM", EVERY, dict(resolution=32, a="class", augment=0.12)),
+        *PAPER_PRIOR,
+        ("EDM", IMAGE, dict(images=200 * M, batch=512, lr=1e-3, dropout=0.13, mults=(2, 2, 2))),
+    ],
+    "afhq": [
+        ("paper", EVERY, dict(resolution=64, augment=0.15)),
+        *PAPER_PRIOR,
+        ("paper", IMAGE, dict(images=25 * M, batch=256, lr=2e-4, dropout=0.25)),
+    ],
+    "ffhq": [
+        ("paper", EVERY, dict(resolution=64, augment=0.15)),
+        *PAPER_PRIOR,
+        ("paper", IMAGE, dict(images=25 * M, batch=256, lr=2e-4, dropout=0.05)),
+    ],
+    "imagenet": [("paper", EVERY, dict(resolution=64)), *IMAGENET],
+    "imagenet-class": [("paper", EVERY, dict(resolution=64, a="class")), *IMAGENET],
+    "imagenet-latent": [
+        ("paper", EVERY, dict(resolution=256, a="class", vae="stabilityai/sd-vae-ft-mse")),
+        *IMAGENET,
+    ],
+}
+
+
+def layers(dataset, stage, changes):
+    """The layers of settings that make a configuration, [(source, settings)]; later ones win."""
+    if dataset not in PRESETS:
+        raise UserError(f"--dataset {dataset} is unknown: choose one of {', '.join(PRESETS)}")
+    if stage == "all":
+        stage = "image"                               # the defaults that --help shows
+    found = [(source, settings) for source, stages, settings in PRESETS[dataset] if stage in stages]
+    preset = {name: value for _, settings in found for name, value in settings.items()}
+    arch = changes.get("arch")
+    if arch in ARCHITECTURES and arch != preset.get("arch", TrainConfig.arch):
+        found.append(("EDM", ARCHITECTURES[arch]))    # another network has other sizes
+    return [*found, ("you", changes)]
+
+
+def sources(dataset, stage, changes):
+    """{setting: where its value is from}, for `configure` with the same arguments."""
+    found = {name: source for source, names in SOURCES.items() for name in names.split()}
+    for source, settings in layers(dataset, stage, changes):
+        found |= dict.fromkeys(settings, source)
+    return found
+
+
+def configure(dataset="shapes", stage="image", **changes):
+    """The settings of one stage: the defaults, then the preset's, then `changes`. Raises UserError."""
+    values, length = dict(dataset=dataset, stage=stage), TrainConfig.images
+    for source, settings in layers(dataset, stage, changes):
+        values |= settings
+        if source != "you":
+            length = values.get("images", length)
+    config = TrainConfig(**values)
+    if config.short and config.images < length:
+        for name in ("lr_ramp", "ema_half_life"):
+            if name not in changes:
+                setattr(config, name, -(-getattr(config, name) * config.images // length))
+    check(config)
+    return config
+
+
+def restore_config(saved):
+    """A checkpoint's settings -> TrainConfig. Raises UserError for settings of another version."""
+    try:
+        config = TrainConfig(**saved)
+        check(config)
+        return config
+    except TypeError:
+        raise UserError("the checkpoint has settings that this version does not know: train again") from None
+
+
+def check(config):
+    """Raises UserError for settings that are out of range or do not go together."""
+    for setting in dataclasses.fields(config):
+        value, known = getattr(config, setting.name), setting.metadata
+        flag = "--" + setting.name.replace("_", "-")
+        if known["choices"] and value not in known["choices"]:
+            raise UserError(f"{flag} {value} is unknown: choose one of {', '.join(known['choices'])}")
+        low, high = known["low"], math.inf if known["high"] is None else known["high"]
+        numbers = value if isinstance(value, tuple) else (value,)
+        if low is not None and not all(low <= number <= high for number in numbers):
+            raise UserError(f"{flag} {value} is out of range: it must be at least {low}"
+                            + (f" and at most {high}" if high < math.inf else ""))
+    divisors = [
+        ("--resolution", config.resolution, 2 ** (len(config.mults) - 1), "to be halved at each level"),
+        ("--width", config.width, 64 if config.arch == "adm" else 4, "the size of a group or head"),
+        ("--prior-width", config.prior_width, config.prior_heads, "the number of --prior-heads"),
+        ("--prior-width", config.prior_width, 4, "for its sinusoids"),
+    ]
+    if config.vae:
+        divisors[0] = ("--resolution", config.resolution, 8 * divisors[0][2], "the VAE's 8 times the levels' 2")
+    for flag, value, divisor, why in divisors:
+        if value % divisor:
+            raise UserError(f"{flag} {value} must be divisible by {divisor}, {why}")
+    twosdm.check_y(config.y)
+    joint = config.stage == "joint"
+    refusals = {
+        f"--data {config.data} needs a --dataset, such as folder: shapes draws its own":
+            config.dataset == "shapes" and config.data,
+        f"--tag {config.tag}: give letters, digits, dots and underscores alone":
+            not re.fullmatch(r"[\w.]*", config.tag),
+        "--vae has latents of images as they are: --augment 0": config.vae and config.augment,
+        "--a text is for --stage prior of shapes: captions are nowhere else, and the image model learns of them "
+        "through y": config.a == "text" and (config.dataset != "shapes" or config.stage != "prior"),
+        f"--y {config.y} leaves --y-dropout nothing to drop: leave one of them out":
+            config.y_dropout and twosdm.told_nothing(config.y),
+        "--stage joint learns y with the rest: leave --y and --y-dropout out":
+            joint and (config.y != "clip" or config.y_dropout),
+        "--stage joint trains an embedder of images: --embedder clip or shapes, no --vae":
+            joint and (config.embedder == "pixels" or config.vae),
+        "--y kmeans draws clusters regardless of a: --a none":
+            config.y.startswith("kmeans") and config.a != "none",
+        "--init-from is for the image model and the baseline": config.init_from and config.stage == "prior",
+    }
+    for sentence, refused in refusals.items():
+        if refused:
+            raise UserError(sentence)
+
+
+def whole_number(text):
+    """'25M' -> 25000000: a whole number with an optional suffix k, M or G."""
+    factor = {"k": K, "m": M, "g": K * M}.get(text[-1:].lower())
+    number = float(text[:-1]) * factor if factor else float(text)
+    if number != int(number):                         # which raises for NaN and infinity
+        raise ValueError(text)
+    return int(number)
+
+
+def whole_numbers(text):
+    return tuple(int(number) for number in text.split(","))
+
+
+def add_flags(parser, config):
+    """One flag per setting of a configuration, whose values --help shows as the defaults."""
+    group, convert = parser, {int: whole_number, tuple: whole_numbers}
+    for setting in dataclasses.fields(config):
+        if setting.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[setting.name])
+        value, choices = getattr(config, setting.name), setting.metadata["choices"]
+        if isinstance(value, tuple):
+            value = ",".join(map(str, value))
+        if value in ("", None):
+            value = "none"
+        options = dict(help=f"{setting.metadata['help']} (default: {value})".replace("%", "%%"))
+        if setting.type is bool:
+            options |= dict(action="store_const", const=True)
+        elif setting.type == bool | None:
+            options |= dict(action=argparse.BooleanOptionalAction)
+        else:
+            options |= dict(type=convert.get(setting.type, setting.type))
+            options |= dict(metavar="|".join(choices or ()) or setting.type.__name__.upper())
+        group.add_argument("--" + setting.name.replace("_", "-"), **options)
+
+
+# ============================================================================================================
+# 2 What each stage trains
+# ============================================================================================================
 ADAM = dict(betas=(0.9, 0.999), eps=1e-8)              # no weight decay
-LOSS_BINS = (0.05, 0.15, 0.4, 1.2)                    # edges of sigma between which log.jsonl splits the loss
 
 
 def network(config, y_dim, a_dim, shape):
@@ -34,179 +327,195 @@ def network(config, y_dim, a_dim, shape):
 
     y_dim, a_dim: of the embedding and the classes, 0 for none; shape (C, H, W) of images or latents.
     """
-    c, augment_dim = config, 9 if config.augment else 0
+    c, augment_dim = config, twosdm.LABEL_DIM if config.augment else 0
     if c.stage == "prior":
-        return dict(net="prior", predict=c.prior_predicts, sigma_data=0.5, settings=dict(
-            dim=y_dim, cond_dim=a_dim, augment_dim=augment_dim, width=c.prior_width, depth=c.prior_depth,
-            heads=c.prior_heads))
-    return dict(net="unet", predict="edm", sigma_data=0.5, settings=dict(
-        resolution=shape[1], channels=shape[0], cond_dim=y_dim + a_dim, augment_dim=augment_dim, arch=c.arch,
-        width=c.width, mults=c.mults, blocks=c.blocks, attention=c.attention, dropout=c.dropout))
+        settings = dict(dim=y_dim, cond_dim=a_dim, augment_dim=augment_dim, width=c.prior_width,
+                        depth=c.prior_depth, heads=c.prior_heads)
+        return dict(net="prior", predict=c.prior_predicts, sigma_data=0.5, settings=settings)
+    settings = dict(resolution=shape[1], channels=shape[0], cond_dim=y_dim + a_dim, augment_dim=augment_dim,
+                    arch=c.arch, width=c.width, mults=c.mults, blocks=c.blocks, attention=c.attention,
+                    dropout=c.dropout)
+    return dict(net="unet", predict="edm", sigma_data=0.5, settings=settings)
 
 
-class Embedding:
-    """The embedder's stage: the symmetric contrastive loss of images and captions (shapes only)."""
-    recipe, more, networks = dict(net="small-clip"), {}, ()
+class Stage:
+    """What a stage offers to the loop: the `module` it trains and these methods.
 
-    def __init__(self, config, images, device):
-        if config.dataset != "shapes" or config.embedder != "shapes":
-            raise UserError("only the embedder of shapes is trained: leave --stage embedder away")
-        self.config, self.images = config, images
-        self.captions = twosdm.shapes_captions(torch.arange(len(images)), config.seed)
-        self.module, self.device = twosdm.SmallClip(), device
+    `model`: its networks as plain numbers; `compiled`: its networks; `extra`: further entries of checkpoints.
+    """
+    model, compiled, extra = dict(net="small-clip"), (), {}
 
-    def draw(self, rows):
+    def random(self, rows):
+        """All random numbers of a batch but dropout's, so its loss is the same in one part or several."""
         return dict(sigma=torch.ones(len(rows)))
 
-    def loss(self, rows, draws):
-        loss = self.module.loss(self.images.batch(rows, self.device), [self.captions[i] for i in rows])
-        return loss, draws["sigma"]
+    def loss(self, rows, numbers):
+        """Rows (B,) of the images and their random numbers -> loss (B,), sigma (B,)."""
+        raise AssertionError
 
-    def embed(self, module, images):
-        with torch.no_grad():
+    def finish(self, module):
+        """After the last step, with the averaged weights -> what the log says of them."""
+        return {}
+
+    def preview(self, module):
+        """With the averaged weights -> a picture (H, W, 3) uint8, or None."""
+
+
+class Embedding(Stage):
+    """The embedder's stage: the symmetric contrastive loss of images and captions (shapes only)."""
+
+    def __init__(self, config, images, device):
+        self.config, self.images, self.device = config, images, device
+        self.captions = twosdm.shapes_captions(torch.arange(len(images)), config.seed)
+        self.module = twosdm.SmallClip()
+
+    def loss(self, rows, numbers):
+        captions = [self.captions[row] for row in rows]
+        return self.module.loss(self.images.batch(rows, self.device), captions), numbers["sigma"]
+
+    @torch.no_grad()
+    def finish(self, module):
+        """Scales the embedding to rms 0.5 over the training set; -> how well a linear probe reads it."""
+        def embed(images):
             parts = np.array_split(np.arange(len(images)), -(-len(images) // 500))
             return torch.cat([module(images.batch(rows, self.device)).cpu() for rows in parts])
 
-    def finish(self, module):
-        """Scales the embedding to rms 0.5 over the training set; -> how well a linear probe reads it."""
-        y, size = self.embed(module, self.images), len(self.images)
-        factor = 0.5 / y.square().mean().sqrt()
-        module.scale.mul_(factor.to(self.device))
-        fresh, seed = torch.arange(size, size + 2000), self.config.seed
-        held_out = self.embed(module, twosdm.shapes_world(fresh, self.config.resolution, seed))
-        y, truth = y * factor, twosdm.shapes_attributes(torch.arange(size), seed)
+        seed, size = self.config.seed, len(self.images)
+        known, fresh = torch.arange(size), torch.arange(size, size + 2000)
+        y = embed(self.images)
+        module.scale.mul_(0.5 / y.square().mean().sqrt())
+        held_out = embed(twosdm.shapes_world(fresh, self.config.resolution, seed))
+        y = F.pad(y * module.scale.cpu(), (0, 1), value=1)
+        truth, wanted = twosdm.shapes_attributes(known, seed), twosdm.shapes_attributes(fresh, seed)
         accuracy = {}
         for name, kinds in twosdm.ATTRIBUTES.items():  # least squares from [y, 1] to the one-hot attribute
-            probe = torch.linalg.lstsq(F.pad(y, (0, 1), value=1),
-                                       F.one_hot(truth[name], kinds).float()).solution
+            probe = torch.linalg.lstsq(y, F.one_hot(truth[name], kinds).float()).solution
             guess = (F.pad(held_out, (0, 1), value=1) @ probe).argmax(1)
-            right = (guess == twosdm.shapes_attributes(fresh, seed)[name]).float().mean().item()
-            accuracy[name] = round(right, 4)
-        print("\na linear probe on held-out images reads "
-              + ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items()))
+            accuracy[name] = round((guess == wanted[name]).float().mean().item(), 4)
+        shown = ", ".join(f"{name} {share:.1%}" for name, share in accuracy.items())
+        tqdm.write(f"a linear probe on held-out images reads {shown}")
         return dict(linear_probe=accuracy)
 
-    def preview(self, module, path):
-        pass
 
-
-class Diffusion:
+class Diffusion(Stage):
     """The stages of prior (Eq. 4), image model (Eq. 5) and baseline (Eq. 5 without y): one loss for all."""
 
     def __init__(self, config, images, device, embedder=None, autoencoder=None):
-        self.config, self.images, self.device, self.more = config, images, device, {}
+        self.config, self.images, self.device = config, images, device
         self.embedder, self.autoencoder = embedder, autoencoder
         self.augment = twosdm.Augment(config.augment) if config.augment else None
-        folder, self.bank = Path(config.runs) / config.dataset, None
         if config.a == "class" and images.labels is None:
             raise UserError("--a class needs images in one folder per class, or a dataset.json with labels")
-        self.classes = len(images.classes) if config.a == "class" else 0
-        inner, self.reduce = ((embedder.inner, embedder.reduction.transform)
-                              if isinstance(embedder, twosdm.Reduced) else (embedder, lambda y: y))
+        self.classes = a_dim = len(images.classes) if config.a == "class" else 0
+        self.bank = self.captions = None
         if embedder is not None and (config.stage == "prior" or not self.augment):
-            bank = twosdm.embedding_bank(images, inner, folder, self.augment, config.views, config.seed,
-                                         device)
-            some = torch.from_numpy(bank[0, :1000, :-9].copy()).to(device)
-            rms = self.reduce(some).square().mean().sqrt().item()
-            note = "" if 0.2 < rms < 1.2 or config.stage != "prior" else (
-                ": far from sigma_data = 0.5, expect poor samples")
-            print(f"the embedding's elements have rms {rms:.2f}{note}")
-            self.views, self.bank = len(bank), twosdm.hold(bank.reshape(-1, bank.shape[-1]), device)
-        self.captions = None
-        if config.a == "text":                        # unCLIP: the prior learns p(y | caption)
-            self.captions = caption_embeddings(inner, config, len(images))
-        if config.stage == "prior":                   # about which sample.py --temperature contracts
-            plain = twosdm.embedding_bank(images, inner, folder, device=device) if self.augment else bank
-            mean = plain[0, :, :-9].mean(0, keepdims=True, dtype=np.float64).astype(np.float32)
-            self.more["y_mean"] = self.reduce(torch.from_numpy(mean).to(device))[0]
-        if config.stage != "prior":
-            kind = "pixels" if images.latents is None else "latents"
-            self.images = dataclasses.replace(images, **{kind: twosdm.hold(getattr(images, kind), device)})
-        self.recipe, self.module = self.build(
-            self.captions.shape[1] if self.captions is not None else self.classes)
+            self.prepare_embeddings(embedder)
+        if config.a == "text":
+            self.captions = caption_embeddings(embedder, config, len(images))
+            a_dim = self.captions.shape[1]
+        self.build(embedder.dim if embedder is not None else 0, a_dim)
 
-    def build(self, a_dim):
-        """(the network as plain numbers, the module to train); sets `denoiser` and `networks`."""
-        y_dim = self.embedder.dim if self.embedder is not None else 0
-        recipe = network(self.config, y_dim, a_dim, self.images.shape)
-        self.denoiser = twosdm.build_denoiser(recipe).to(self.device)
+    def prepare_embeddings(self, embedder):
+        """The bank of e_i(x), and what turns its rows into y; of a prior also the mean of y."""
+        config, self.reduce = self.config, nn.Identity()
+        if config.y != "clip":
+            embedder, self.reduce = embedder.inner, embedder.reduction.transform
+        folder = Path(config.runs) / config.dataset
+        bank = twosdm.embedding_bank(self.images, embedder, folder, self.augment, config.views, config.seed,
+                                     self.device)
+        self.views, self.bank = len(bank), bank.reshape(-1, bank.shape[-1])
+        rms = self.embeddings(np.arange(min(1000, len(bank[0])))).square().mean().sqrt().item()
+        print(f"the embedding's elements have rms {rms:.2f}"
+              + (": far from sigma_data = 0.5, expect poor samples" if not 0.2 < rms < 1.2 else ""))
+        if config.stage == "prior":                   # about which sample.py --temperature contracts
+            plain = twosdm.embedding_bank(self.images, embedder, folder, device=self.device)[0]
+            mean = plain[:, :-twosdm.LABEL_DIM].mean(0, keepdims=True, dtype=np.float64)
+            self.extra = dict(y_mean=self.reduce(torch.from_numpy(mean).float().to(self.device))[0])
+
+    def embeddings(self, rows):
+        """Rows (B,) of the bank -> y (B, D)."""
+        return self.reduce(twosdm.send(self.bank[rows, :-twosdm.LABEL_DIM], self.device))
+
+    def build(self, y_dim, a_dim):
+        """Makes the module to train."""
+        self.model = network(self.config, y_dim, a_dim, self.images.shape)
+        self.module = self.denoiser = twosdm.build_denoiser(self.model)
         if self.config.stage != "prior":
             self.denoiser.to(memory_format=torch.channels_last)
-        self.networks = [self.denoiser.net]
-        return recipe, self.denoiser
+        self.compiled = [self.denoiser.net]
 
-    def draw(self, rows):
-        """All random numbers of a batch but dropout's, so its loss is the same in one part or several."""
-        draws = dict(view=torch.randint(self.config.views, (len(rows),)))
+    def random(self, rows):
+        numbers = dict(view=torch.randint(self.config.views, (len(rows),)))
         if self.augment:
-            draws["augment"] = self.augment.draw(len(rows))
+            numbers["augment"] = self.augment.random(len(rows))
         shape = (self.denoiser.net.dim,) if self.config.stage == "prior" else self.images.shape
         like = torch.empty(len(rows), *shape, device=self.device)
-        draws["sigma"], draws["noise"] = self.denoiser.draw(like)
+        numbers["sigma"], numbers["eps"] = self.denoiser.training_noise(like)
         if self.images.latents is not None:
-            draws["latent"] = torch.randn_like(draws["noise"])
+            numbers["latent"] = torch.randn_like(like)
         if self.config.y_dropout:
-            keep = torch.rand(len(rows), 1) >= self.config.y_dropout
-            draws["keep"] = twosdm.send(keep.float(), self.device)
-        return draws
+            told = torch.rand(len(rows), 1) >= self.config.y_dropout
+            numbers["told"] = twosdm.send(told.float(), self.device)
+        return numbers
+
+    def loss(self, rows, numbers):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):     # only networks round
+            x, y, label = self.example(rows, numbers)
+        a, noise = self.condition(rows), (numbers["sigma"], numbers["eps"])
+        if self.config.stage == "prior":
+            loss = self.denoiser.loss(y, a, label, noise)                         # Eq. 4
+        else:
+            loss = self.denoiser.loss(x, twosdm.join(y, a), label, noise)         # Eq. 5
+        return loss, numbers["sigma"]
+
+    def example(self, rows, numbers):
+        """x (B, C, H, W), which the prior does without; y (B, D), of no embedder None; the labels (B, 9)."""
+        if self.config.stage == "prior":
+            rows = numbers["view"].numpy() % self.views * len(self.images) + rows
+            label = twosdm.send(self.bank[rows, -twosdm.LABEL_DIM:], self.device)
+            return None, self.embeddings(rows), label if self.augment else None
+        x, label = self.pictures(rows, numbers)
+        y = None
+        if self.bank is not None:
+            y = self.embeddings(rows)
+        elif self.embedder is not None:
+            y = self.embedder(x)                      # of the augmented image
+        if y is not None and "told" in numbers:
+            y = y * numbers["told"]
+        return x, y, label
+
+    def pictures(self, rows, numbers):
+        """What the image model learns: images or latents (B, C, H, W), augmentation labels (B, 9) or None."""
+        if self.images.latents is not None:
+            moments = twosdm.send(self.images.latents[rows], self.device)
+            return self.autoencoder.sample(moments, numbers["latent"]), None
+        x = self.images.batch(rows, self.device)
+        return self.augment(x, numbers["augment"]) if self.augment else (x, None)
 
     def condition(self, rows):
         """a of these images: (B, A), classes as one-hots or the captions' embeddings; None for neither."""
         if self.captions is not None:
-            return twosdm.take(self.captions, rows, self.device)
-        if not self.classes:
-            return None
-        return F.one_hot(twosdm.send(self.images.labels[rows], self.device), self.classes).float()
+            return twosdm.send(self.captions[rows], self.device)
+        if self.classes:
+            labels = twosdm.send(self.images.labels[rows], self.device)
+            return F.one_hot(labels, self.classes).float()
 
-    def pictures(self, rows, draws):
-        """What the image model learns: images or latents (B, C, H, W), augmentation labels (B, 9) or None."""
-        if self.images.latents is not None:
-            moments = twosdm.take(self.images.latents, rows, self.device)
-            return twosdm.normalise_latent(moments, draws["latent"]), None
-        x = self.images.batch(rows, self.device)
-        return self.augment(x, draws["augment"]) if self.augment else (x, None)
-
-    def loss(self, rows, draws):
-        """(B,) rows -> loss (B,) and sigma (B,)."""
-        cond = self.condition(rows)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):     # only networks round
-            x, y, label = self.example(rows, draws)
-        if self.config.stage == "prior":
-            x = y
-        else:
-            cond = twosdm.join(y * draws["keep"] if "keep" in draws and y is not None else y, cond)
-        loss = self.denoiser.loss(x, cond, label if self.augment else None, (draws["sigma"], draws["noise"]))
-        return loss, draws["sigma"]
-
-    def example(self, rows, draws):
-        """x, for the prior None; y, or None for no embedder; the labels of augmentation."""
-        if self.config.stage == "prior":
-            entry = draws["view"].numpy() % self.views * len(self.images) + rows
-            y, label = twosdm.take(self.bank, entry, self.device).tensor_split([-9], 1)
-            return None, self.reduce(y), label
-        x, label = self.pictures(rows, draws)
-        if self.bank is not None:
-            return x, self.reduce(twosdm.take(self.bank, rows, self.device)[:, :-9]), label
-        return x, self.embedder(x) if self.embedder is not None else None, label
-
-    def finish(self, module):
-        return {}
-
-    def preview(self, module, path):
+    @torch.no_grad()
+    def preview(self, module):
         """A grid of samples: 18 steps, no churn; the image model draws after training images' embeddings."""
         if self.config.stage == "prior":
-            return
+            return None
         side = 8 if self.config.resolution < 64 else 4
-        rows = np.arange(side * side) * 7919 % len(self.images)
-        with torch.no_grad():
-            x = self.samples(module, rows, list(range(side * side)), twosdm.Sampler(steps=18, s_churn=0))
-            x = x if self.autoencoder is None else self.autoencoder.decode(x)
-        pixels = twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
-        twosdm.save_picture(path, twosdm.image_grid(pixels, side), least=512)
+        rows = np.arange(side * side) * 7919 % len(self.images)           # a prime: from all over the set
+        x = self.samples(module, rows, twosdm.Sampler(steps=18, s_churn=0))
+        if self.autoencoder is not None:
+            x = self.autoencoder.decode(x)
+        return twosdm.image_grid(twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), side)
 
-    def samples(self, module, rows, seeds, sampler):
-        y = self.embedder(self.images.batch(rows, self.device)) if self.embedder is not None else None
-        return twosdm.sample_images(module, seeds, y, self.condition(rows), sampler)
+    def samples(self, module, rows, sampler):
+        y = None if self.embedder is None else self.embedder(self.images.batch(rows, self.device))
+        noise = twosdm.image_noise(range(len(rows)), self.device)
+        return twosdm.sample_images(module, noise, y, self.condition(rows), sampler)
 
 
 class Joint(Diffusion):
@@ -216,34 +525,35 @@ class Joint(Diffusion):
     gradient that the paper accumulates in two passes before its one step.
     """
 
-    def build(self, a_dim):
-        c = self.config
-        embedder = untrained(c)
+    def build(self, y_dim, a_dim):
+        embedder = untrained(self.config)
         embedder.requires_grad_(False)                # the text side stays as it is
         image_tower(embedder).requires_grad_(True)
-        recipe = {stage: network(dataclasses.replace(c, stage=stage), embedder.dim, a_dim, self.images.shape)
-                  for stage in ("prior", "image")}
-        module = nn.ModuleDict({stage: twosdm.build_denoiser(part) for stage, part in recipe.items()})
-        module["embedder"] = embedder
-        module.to(self.device)
-        self.denoiser = module["image"].to(memory_format=torch.channels_last)
-        self.networks = [module["prior"].net, module["image"].net]
-        return dict(recipe, net="joint"), module
+        self.model = dict(net="joint")
+        for stage in ("prior", "image"):
+            config = dataclasses.replace(self.config, stage=stage)
+            self.model[stage] = network(config, embedder.dim, a_dim, self.images.shape)
+        self.prior = twosdm.build_denoiser(self.model["prior"])
+        self.denoiser = twosdm.build_denoiser(self.model["image"]).to(memory_format=torch.channels_last)
+        self.module = nn.ModuleDict(dict(prior=self.prior, image=self.denoiser, embedder=embedder))
+        self.compiled = [self.prior.net, self.denoiser.net]
 
-    def draw(self, rows):
-        draws, prior = super().draw(rows), self.module["prior"]
-        draws["prior_sigma"], draws["prior_noise"] = prior.draw(
-            torch.empty(len(rows), prior.net.dim, device=self.device))
-        return draws
+    def random(self, rows):
+        numbers = super().random(rows)
+        like = torch.empty(len(rows), self.prior.net.dim, device=self.device)
+        numbers["prior_sigma"], numbers["prior_eps"] = self.prior.training_noise(like)
+        return numbers
 
-    def loss(self, rows, draws):
-        a, (x, label) = self.condition(rows), self.pictures(rows, draws)
+    def loss(self, rows, numbers):
+        a = self.condition(rows)
+        x, label = self.pictures(rows, numbers)
         y = self.module["embedder"](x).float()        # not bf16, as it is what the prior is to predict
-        prior = self.module["prior"].loss(y, a, label, (draws["prior_sigma"], draws["prior_noise"]))
-        image = self.denoiser.loss(x, twosdm.join(y, a), label, (draws["sigma"], draws["noise"]))
-        return prior + image, draws["sigma"]
+        prior = self.prior.loss(y, a, label, (numbers["prior_sigma"], numbers["prior_eps"]))
+        image = self.denoiser.loss(x, twosdm.join(y, a), label, (numbers["sigma"], numbers["eps"]))
+        return prior + image, numbers["sigma"]
 
-    def samples(self, module, rows, seeds, sampler):
+    def samples(self, module, rows, sampler):
+        seeds = range(len(rows))
         return twosdm.sample_two_stage(module["prior"], module["image"], seeds, self.condition(rows), sampler)
 
 
@@ -256,25 +566,222 @@ def image_tower(embedder):
     return embedder.image if embedder.name == "shapes" else embedder.model.visual
 
 
+# ============================================================================================================
+# 3 The loop
+# ============================================================================================================
 class Loss(nn.Module):
-    """A job's loss as the forward of a module, the only thing that DistributedDataParallel wraps."""
+    """A stage's loss as the forward of a module, the only thing that DistributedDataParallel wraps."""
 
-    def __init__(self, job):
+    def __init__(self, stage):
         super().__init__()
-        self.module, self.job = job.module, job
+        self.module, self.loss = stage.module, stage.loss
 
-    def forward(self, rows, draws):
-        return self.job.loss(rows, draws)
+    def forward(self, rows, numbers):
+        return self.loss(rows, numbers)
+
+
+class Order:
+    """An endless shuffling of N examples: position p shows permutation (p div N) of the seed at (p mod N)."""
+
+    def __init__(self, size, seed):
+        self.size, self.seed, self.epoch, self.rows = size, seed, -1, None
+
+    def __getitem__(self, span):
+        """order[start:stop] -> (stop - start,) int64 rows, a function of seed and positions alone."""
+        rows = []
+        for position in range(span.start, span.stop):
+            epoch, place = divmod(position, self.size)
+            if epoch != self.epoch:
+                generator = torch.Generator().manual_seed(twosdm.mix_seed("order", self.seed, epoch))
+                self.epoch, self.rows = epoch, torch.randperm(self.size, generator=generator).numpy()
+            rows.append(self.rows[place])
+        return np.array(rows, np.int64)
+
+
+class Run:
+    """One stage's training: its networks, how far it is, its log; all that its checkpoint keeps."""
+
+    def __init__(self, config, stage, known, device):
+        self.config, self.stage, self.known = config, stage, known
+        self.folder = run_folder(config)
+        self.module = stage.module.to(device).train()
+        self.ema = twosdm.EMA(self.module, config.ema_half_life, config.ema_ramp)
+        self.optimizer = torch.optim.Adam(self.module.parameters(), config.lr, fused=device.type != "mps",
+                                          **ADAM)
+        self.seen, self.seconds, self.log = 0, 0.0, []
+
+    def restore(self, checkpoint):
+        self.module.load_state_dict(checkpoint["net"])
+        self.ema.net.load_state_dict(checkpoint["ema"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.seen, self.seconds, self.log = checkpoint["seen"], checkpoint["seconds"], checkpoint["log"]
+
+    def save(self, name="checkpoint.pt"):
+        """All that samples need; of a checkpoint, not of a snapshot, also what training goes on from."""
+        more = {}
+        if name == "checkpoint.pt":
+            more = dict(net=self.module.state_dict(), optimizer=self.optimizer.state_dict())
+        twosdm.save_checkpoint(
+            self.folder / name, **self.known, config=dataclasses.asdict(self.config), model=self.stage.model,
+            seen=self.seen, seconds=self.seconds, log=self.log, ema=self.ema.net.state_dict(),
+            **self.stage.extra, **more)
+
+    def write_log(self, line):
+        """log.jsonl, whole: what a killed run had written after its checkpoint is gone from it."""
+        self.log.append(line)
+        with twosdm.written(self.folder / "log.jsonl") as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in self.log)
+
+    def draw(self):
+        picture = self.stage.preview(self.ema.net)
+        if picture is not None:
+            twosdm.save_picture(self.folder / f"samples-{self.seen:09d}.png", picture, least=512)
+
+    def reached(self, every):
+        """Whether the last batch reached a multiple of `every` images, or the end; never if that is 0."""
+        last = self.seen >= self.config.images
+        return every > 0 and (last or self.seen // every > (self.seen - self.config.batch) // every)
+
+
+def loop(run, device):
+    """Trains a run to config.images images seen. Returns False if it was asked to stop."""
+    config, stage, module = run.config, run.stage, run.module
+    precision = twosdm.set_precision(config.precision, device, auto="bf16")
+    # The processes of torchrun share each batch; all but the first are silent and write nothing. The
+    # contrastive loss compares all examples of a batch: it cannot be split, and each process trains it alone.
+    whole, first = config.stage == "embedder", twosdm.rank() == 0
+    team = 1 if whole else twosdm.processes()
+    mine = np.arange(config.batch) if whole else np.array_split(np.arange(config.batch), team)[twosdm.rank()]
+    parts = np.array_split(mine, 1 if whole else -(-len(mine) // (config.batch_gpu or config.batch)))
+    loss_of = Loss(stage) if team == 1 else nn.parallel.DistributedDataParallel(Loss(stage))
+    order, meter = Order(len(stage.images), config.seed), Meter(team)
+    bar = tqdm(total=config.images, initial=run.seen, desc=f"{config.stage:>8}", unit=" images",
+               unit_scale=True, smoothing=0.02)
+    with bar, stop_signals() as asked:
+        while run.seen < config.images:
+            # All randomness follows from (seed, images seen): a resumed run repeats what the first would do.
+            torch.manual_seed(twosdm.mix_seed("step", config.seed, run.seen))
+            began, rows = time.perf_counter(), order[run.seen:run.seen + config.batch]
+            numbers = stage.random(rows)
+            # A linear ramp, then constant; it counts this batch, so that the first step is not one of size 0.
+            ramp = min((run.seen + config.batch) / max(config.lr_ramp, 1), 1)
+            for group in run.optimizer.param_groups:
+                group["lr"] = config.lr * ramp
+            run.optimizer.zero_grad(set_to_none=True)
+            for i, part in enumerate(parts):
+                if config.dropout:                    # the masks differ with the way a batch is split
+                    torch.manual_seed(twosdm.mix_seed("dropout", config.seed, run.seen, int(part[0])))
+                waits = team > 1 and i < len(parts) - 1
+                with loss_of.no_sync() if waits else contextlib.nullcontext():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                        some = slice(part[0], part[-1] + 1)
+                        loss, sigma = loss_of(rows[some], {name: n[some] for name, n in numbers.items()})
+                    (loss.sum() * team / config.batch).backward()      # the processes' gradients are averaged
+                meter.losses(loss.detach(), sigma)
+            meter.gradients(module)                   # also replaces NaN and infinity, as EDM does
+            run.optimizer.step()
+            run.ema.update(module, run.seen, config.batch)
+            run.seen, run.seconds = run.seen + config.batch, run.seconds + time.perf_counter() - began
+            bar.update(config.batch)
+            last = run.seen >= config.images
+            stopped = agreed(asked, team, run.seen // config.batch % 8 == 0 or last)
+            if run.reached(config.log):
+                line = meter.line(run.seen, run.seconds) | (stage.finish(run.ema.net) if last else {})
+                bar.set_postfix_str(f"loss {line['loss']:.4g}")
+                if first:
+                    run.write_log(line)
+            # What a checkpoint counts is there before it.
+            if first and run.reached(config.snapshots):
+                run.save(f"snapshot-{run.seen:010d}.pt")
+            if first and run.reached(config.preview):
+                run.draw()
+            if first and (run.reached(config.save) or stopped):
+                run.save()
+            if stopped:
+                return False
+    return True
+
+
+class Meter:
+    """What log.jsonl holds, one line per config.log images."""
+
+    def __init__(self, team):
+        self.team, self.parts, self.norms, self.began = team, [], [], time.perf_counter()
+
+    def losses(self, loss, sigma):
+        self.parts.append(torch.stack([loss.float(), sigma]))                             # (2, B)
+
+    def gradients(self, module):
+        """Replaces NaN and infinite gradients by finite ones, and keeps the norm that all had before."""
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        self.norms.append(torch.stack(torch._foreach_norm(gradients)).square().sum().sqrt())
+        for gradient in gradients:                    # unseen: to look would be to wait for the GPU
+            torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
+
+    def line(self, seen, seconds):
+        """Of what all processes of the team have measured since the last line. UserError if it is not finite."""
+        loss, sigma = torch.cat(self.parts, dim=1).cpu()
+        if self.team > 1:
+            loss, sigma = torch.cat(twosdm.gather(torch.stack([loss, sigma])), dim=1)
+        norms = torch.stack(self.norms).cpu()
+        finite = loss.isfinite()
+        if not finite.any() or not norms.isfinite().any():
+            raise UserError("the loss is not finite any more: give a lower --lr or --precision fp32; the last "
+                            "checkpoint is from before, and the same command goes on from it")
+        by_sigma, edges = {}, (0, 0.05, 0.15, 0.4, 1.2, math.inf)
+        for low, high in zip(edges, edges[1:]):
+            inside = finite & (low <= sigma) & (sigma < high)
+            if inside.any():
+                by_sigma[f"{low}-{high}"] = loss[inside].mean().item()
+        rate = len(loss) / (time.perf_counter() - self.began)
+        self.__init__(self.team)
+        return dict(images=seen, loss=loss[finite].mean().item(), seconds=round(seconds, 2),
+                    images_per_second=round(rate, 1), gradient_norm=norms[norms.isfinite()].mean().item(),
+                    nonfinite=int((~norms.isfinite()).sum()), loss_by_sigma=by_sigma)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """While it lasts, SIGTERM or Ctrl-C only ask: finish the step, save, leave. The second leaves at once."""
+    asked, before = [], {}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number, frame):
+        asked.append(number)
+        restore()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        restore()
+
+
+def agreed(asked, team, meeting):
+    """Whether to stop after this step; several processes agree on that where they meet."""
+    if team == 1:
+        return bool(asked)
+    return meeting and any(twosdm.gather(bool(asked)))
+
+
+# ============================================================================================================
+# 4 What a run starts from
+# ============================================================================================================
+def run_folder(config):
+    return Path(config.runs) / config.dataset / twosdm.run_name(config.stage, config.y, config.a, config.tag)
 
 
 def train(config, device):
-    """One stage, from its checkpoint if any, to config.images images seen. Returns False if stopped."""
-    folder = run_folder(config)
-    path, identity = folder / "checkpoint.pt", identify(config)
+    """One stage, from its checkpoint if any. Returns False if it was asked to stop."""
+    path = run_folder(config) / "checkpoint.pt"
     checkpoint = twosdm.load_checkpoint(path, stage=config.stage) if path.exists() else None
     twosdm.gather(None)                               # no process writes before all have read
     if checkpoint:
-        same_run(checkpoint, identity, path)
+        same_settings(checkpoint, config, path)
     if config.batch < twosdm.processes():
         raise UserError(f"--batch {config.batch} cannot be shared by {twosdm.processes()} processes")
     autoencoder = twosdm.Autoencoder(config.vae).to(device) if config.vae else None
@@ -285,333 +792,165 @@ def train(config, device):
         print(f"{config.stage}: done, {checkpoint['seen']:,} images seen ({path})")
         return True
     torch.manual_seed(config.seed)
-    precision = twosdm.set_precision(config.precision, device, auto="bf16")
+    packed = embedder = None
     if config.stage == "embedder":
-        job, embedder = Embedding(config, images, device), None
+        stage = Embedding(config, images, device)
     else:
-        embedder = None if config.stage in ("baseline", "joint") else get_y(config, images, device)
-        job = (Joint if config.stage == "joint" else Diffusion)(config, images, device, embedder, autoencoder)
-    packed = twosdm.pack_embedder(embedder) if embedder else None
-    described = dict(name=config.dataset, path=config.data, count=len(images), fingerprint=images.fingerprint,
-                     classes=images.classes, class_counts=None if images.labels is None else
-                     np.bincount(images.labels, minlength=len(images.classes)).tolist())
-    module = job.module.to(device).train()
-    if config.init_from and not checkpoint and config.stage in twosdm.IMAGE:
-        twosdm.init_from_edm(job.denoiser, config.init_from, job.classes)
-    ema = twosdm.EMA(module, config.ema_half_life, config.ema_ramp)
-    optimizer = torch.optim.Adam(module.parameters(), lr=config.lr, fused=device.type != "mps", **ADAM)
-    seen, seconds = 0, 0.0
+        if config.stage in ("prior", "image"):
+            embedder = get_embedder(config, images, device)
+        packed = twosdm.pack_embedder(embedder) if embedder is not None else None
+        kind = Joint if config.stage == "joint" else Diffusion
+        stage = kind(config, images, device, embedder, autoencoder)
+    counts = None
+    if images.labels is not None:
+        counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
+    known = dict(
+        stage=config.stage, dataset=config.dataset, embedder=packed,
+        fingerprints=dict(images=images.fingerprint, embedder=packed and packed["fingerprint"]),
+        data=dict(name=config.dataset, path=config.data, count=len(images), fingerprint=images.fingerprint,
+                  classes=images.classes, class_counts=counts))
+    if config.init_from and not checkpoint:
+        model = stage.model.get("image", stage.model)
+        twosdm.init_from_edm(stage.denoiser, model["settings"], config.init_from, stage.classes)
+    run = Run(config, stage, known, device)
     if checkpoint:
-        if checkpoint["fingerprints"]["embedder"] != (packed and packed["fingerprint"]):
-            raise UserError(f"{path} was trained with another embedder: give the same one, or another "
-                            f"--runs folder")
-        module.load_state_dict(checkpoint["net"])
-        ema.net.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        seen, seconds = checkpoint["seen"], checkpoint["seconds"]
-        checkpoint = None                             # gigabytes, for the largest networks
-
-    # The processes of torchrun share each batch; all but the first are silent and write nothing. The
-    # contrastive loss compares all examples of a batch: it cannot be split, and each process trains it alone.
-    whole = config.stage == "embedder"
-    team, me, first = 1 if whole else twosdm.processes(), 0 if whole else twosdm.rank(), not twosdm.rank()
-    part = config.batch if whole else config.batch_gpu or config.batch
-    step = Loss(job) if team == 1 else nn.parallel.DistributedDataParallel(Loss(job))
-    for net in job.networks:
+        if checkpoint["fingerprints"] != known["fingerprints"]:
+            raise UserError(f"{path} was trained with another embedder: give the same one, or another --runs "
+                            f"folder")
+        with twosdm.reading(path, "move it away and train again"):
+            run.restore(checkpoint)
+    checkpoint = None                                 # gigabytes, for the largest networks
+    for net in stage.compiled:
         twosdm.compile_network(net, config.compile, device)
-
-    def save(path, **more):
-        """Writes all that samples need, and `more` to go on with the training."""
-        twosdm.save_checkpoint(
-            path, stage=config.stage, dataset=config.dataset, config=dataclasses.asdict(config),
-            identity=identity, model=job.recipe, data=described, embedder=packed, seen=seen, seconds=seconds,
-            ema=ema.net.state_dict(), **job.more,
-            fingerprints=dict(images=described["fingerprint"], embedder=packed and packed["fingerprint"]),
-            **more)
-
-    if first:
-        start_log(folder / "log.jsonl", seen)
-    order, meter = twosdm.Order(len(images), config.seed), Meter()
-    bar = tqdm(total=config.images, initial=seen, desc=f"{config.stage:>8}", unit=" images", unit_scale=True,
-               smoothing=0.02)
-    with bar, Stop(team) as stop:
-        while seen < config.images:
-            # All randomness follows from (seed, images seen): a resumed run repeats what the first would do.
-            torch.manual_seed(twosdm.mix_seed("step", config.seed, seen))
-            began, rows = time.perf_counter(), order[seen:seen + config.batch]
-            draws = job.draw(rows)
-            # A linear ramp, then constant; it counts this batch, so that the first step is not one of size 0.
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * min((seen + config.batch) / max(config.lr_ramp, 1), 1)
-            optimizer.zero_grad(set_to_none=True)
-            start, end = (len(rows) * k // team for k in (me, me + 1))
-            for i in range(start, end, part):
-                now = slice(i, min(i + part, end))
-                if config.dropout:                    # the masks differ with the way a batch is split
-                    torch.manual_seed(twosdm.mix_seed("dropout", config.seed, seen, i))
-                with contextlib.nullcontext() if team == 1 or now.stop == end else step.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                        loss, sigma = step(rows[now], {k: v[now] for k, v in draws.items()})
-                    (loss.sum() * team / config.batch).backward()      # the processes' gradients are averaged
-                meter.losses(loss.detach(), sigma)
-            meter.gradients(module)                   # also replaces NaN and infinity, as EDM does
-            optimizer.step()
-            ema.update(module, seen, config.batch)
-            seen, seconds = seen + config.batch, seconds + time.perf_counter() - began
-            bar.update(config.batch)
-            last, stopped = seen >= config.images, stop(seen // config.batch, seen >= config.images)
-            extra = job.finish(ema.net) if last else {}
-            if due(seen, config.batch, config.log) or last:
-                meter.write(first and folder / "log.jsonl", team, seen, seconds, bar, extra)
-            if first and (due(seen, config.batch, config.save) or last or stopped):
-                save(path, net=module.state_dict(), optimizer=optimizer.state_dict())
-            if first and config.snapshots and due(seen, config.batch, config.snapshots):
-                save(folder / f"snapshot-{seen:010d}.pt")
-            shown = config.preview and config.stage in twosdm.IMAGE
-            if first and shown and (due(seen, config.batch, config.preview) or last):
-                bar.set_postfix_str("drawing samples")
-                began = time.perf_counter()
-                job.preview(ema.net, folder / f"samples-{seen:09d}.png")
-                meter.began += time.perf_counter() - began
-            if stopped:
-                break
+    finished = loop(run, device)
     twosdm.gather(None)                               # what the first process saved is there for all
-    if stopped:
-        print(f"stopped at {seen:,} images and saved {path}: the same command goes on from there",
+    if not finished:
+        print(f"stopped at {run.seen:,} images and saved {path}: the same command goes on from there",
               file=sys.stderr)
         return False
-    print(f"{config.stage}: {seen:,} images in {seconds:.0f} s -> {folder}")
+    print(f"{config.stage}: {run.seen:,} images in {run.seconds:.0f} s -> {run.folder}")
+    if run.log[-1]["loss"] > 2 * run.log[0]["loss"]:
+        print("Warning: the loss has grown since the start: give a lower --lr", file=sys.stderr)
     return True
 
 
-def run_folder(config):
-    return Path(config.runs) / config.dataset / twosdm.run_name(config.stage, config.y, config.a, config.tag)
-
-
-def due(seen, batch, every):
-    """Whether a multiple of `every` was reached by the last `batch` images."""
-    return seen // every > (seen - batch) // every
-
-
-def identify(config):
-    """The settings that make a run what it is: those that it may not change on its way."""
-    fixed = [f.name for f in dataclasses.fields(config) if f.metadata["fixed"]]
-    unet = ("arch", "width", "mults", "blocks", "attention", "dropout", "init_from")
-    foreign = [name for name in fixed if (name in unet and config.stage in ("prior", "embedder"))
-               or (name.startswith("prior_") and config.stage not in ("prior", "joint"))
-               or (name == "y_dropout" and config.stage != "image")
-               or (name == "embedder" and config.stage == "baseline")
-               or (name == "views" and config.stage != "prior")
-               or (name in ("a", "augment") and config.stage == "embedder")
-               or (name == "y" and config.stage not in ("prior", "image"))]
-    return {name: getattr(config, name) for name in fixed if name not in foreign}
-
-
-def same_run(checkpoint, identity, path):
+def same_settings(checkpoint, config, path):
     """Refuses to go on with a run under other settings than it began with."""
-    if "identity" not in checkpoint:                  # fitted, not trained: that of `--embedder pixels`
-        raise UserError(f"{path} is another embedder: give another --runs folder")
-    other = {k: (checkpoint["identity"].get(k), v) for k, v in identity.items()
-             if checkpoint["identity"].get(k, v) != v}
-    if other:
-        name, (old, new) = next(iter(other.items()))
-        old, new = ("none" if value == "" else value for value in (old, new))
-        raise UserError(f"{path} was trained with --{name.replace('_', '-')} {old}, not {new}: use its "
-                        f"settings (--short makes some of --images), or keep both by --tag NAME or another "
-                        f"--runs folder")
-
-
-def get_y(config, images, device):
-    """The embedder as the image model knows it: whole, reduced by PCA or K-means (fitted once), or None."""
-    if twosdm.told_nothing(config.y):
-        return None
-    embedder = get_embedder(config, images, device)
-    if config.y == "clip":
-        return embedder
-    folder = Path(config.runs) / config.dataset
-    bank = twosdm.embedding_bank(images, embedder, folder, seed=config.seed, device=device)
-    name = f"{config.y.replace(':', '')}-{twosdm.fingerprint(embedder)}-{images.fingerprint}-{config.seed}.pt"
-    path = folder / "reductions" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with twosdm.locked(path.with_suffix(".lock")):    # processes of one run must not fit two
-        if not path.exists():
-            rows = torch.from_numpy(bank[0, :, :-9].copy())
-            fitted = twosdm.Reduced.fit(embedder, config.y, rows, config.seed)
-            twosdm.save_checkpoint(path, stage="reduction", state=fitted.reduction.state_dict())
-    state = twosdm.load_checkpoint(path, stage="reduction")["state"]
-    return twosdm.Reduced.restore(embedder, state).to(device)
-
-
-def caption_embeddings(embedder, config, count):
-    """The text side's embedding of every training image's caption, brought to rms 0.5: (N, D) float32."""
-    if embedder.name != "shapes":
-        raise UserError("--a text needs the small CLIP of shapes: leave --embedder away")
-    with torch.no_grad():
-        captions = twosdm.shapes_captions(torch.arange(count), config.seed)
-        return torch.cat([embedder.text_condition(captions[i:i + 1000]).cpu()
-                          for i in range(0, count, 1000)]).numpy()
+    for name in IDENTITY[config.stage].split():
+        old, new = checkpoint["config"].get(name), getattr(config, name)
+        if old != new:
+            raise UserError(f"{path} was trained with --{name.replace('_', '-')} {old or 'none'}, not "
+                            f"{new or 'none'}: use its settings (--short makes some of --images), or keep both "
+                            f"by --tag NAME or another --runs folder")
 
 
 def get_embedder(config, images, device):
+    """The embedder as the image model knows it: whole, reduced by PCA or K-means (fitted once), or None."""
+    if twosdm.told_nothing(config.y):
+        return None
+    embedder, folder = whole_embedder(config, images).to(device), Path(config.runs) / config.dataset
+    if config.y == "clip":
+        return embedder
+
+    def fit():
+        bank = twosdm.embedding_bank(images, embedder, folder, device=device)
+        rows = torch.from_numpy(bank[0, :, :-twosdm.LABEL_DIM].copy())
+        return twosdm.fit_reduction(config.y, rows, config.seed)
+
+    name = f"{config.y.replace(':', '')}-{twosdm.fingerprint(embedder)}-{images.fingerprint}-{config.seed}.pt"
+    return twosdm.Reduced(embedder, fitted(folder / "reductions" / name, images, fit)).to(device)
+
+
+def whole_embedder(config, images):
     """e_i, frozen: public CLIP, the shapes' small CLIP (trained before) or a PCA of pixels (fitted here)."""
-    if config.embedder == "clip":
-        return twosdm.ClipEmbedder(config.clip_weights).to(device)
     path = Path(config.runs) / config.dataset / "embedder" / "checkpoint.pt"
+    if config.embedder == "clip":
+        return twosdm.ClipEmbedder(config.clip_weights)
     if config.embedder == "pixels":
-        if not path.exists() and not twosdm.rank():
-            embedder = twosdm.PixelEmbedder(config.resolution).fit(images)
-            twosdm.save_checkpoint(path, stage="embedder", embedder=twosdm.pack_embedder(embedder),
-                                   fingerprints=dict(images=images.fingerprint))
-        twosdm.gather(None)
-        checkpoint = twosdm.load_checkpoint(path, stage="embedder")
-        if not checkpoint["embedder"] or checkpoint["fingerprints"]["images"] != images.fingerprint:
-            raise UserError(f"{path} belongs to other images, another resolution or another embedder: "
-                            f"give another --runs folder")
-        return twosdm.unpack_embedder(checkpoint["embedder"], config.resolution).to(device)
+        return twosdm.Reduced(twosdm.Pixels(config.resolution),
+                              fitted(path, images, lambda: twosdm.fit_pixels(images)))
     if config.dataset != "shapes":
         raise UserError("--embedder shapes knows only the embedded world: choose clip or pixels")
     if not path.exists():
         raise UserError("the embedder of shapes is not trained yet: python train.py --stage embedder")
     checkpoint = twosdm.load_checkpoint(path, stage="embedder")
-    same_run(checkpoint, {}, path)
     if checkpoint["seen"] < checkpoint["config"]["images"]:
-        raise UserError("the embedder of shapes is half trained: "
-                        "python train.py --stage embedder goes on with it")
-    embedder = twosdm.SmallClip()
-    embedder.load_state_dict(checkpoint["ema"])
-    return embedder.eval().requires_grad_(False).to(device)
+        raise UserError("the embedder of shapes is half trained: python train.py --stage embedder goes on with it")
+    return twosdm.trained_clip(checkpoint)
 
 
-class Meter:
-    """What log.jsonl holds, one line per config.log images."""
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self):
-        self.parts, self.norms, self.began = [], [], time.perf_counter()
-
-    def losses(self, loss, sigma):
-        self.parts.append((loss, sigma))
-
-    def gradients(self, module):
-        """Replaces NaN and infinite gradients by finite ones, and keeps the norm that all had before."""
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        self.norms.append(torch.stack(torch._foreach_norm(gradients)).square().sum().sqrt())
-        for g in gradients:                           # unseen: to look would be to wait for the GPU
-            torch.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5, out=g)
-
-    def write(self, path, team, seen, seconds, bar, extra):
-        """One line, of what all processes of the team have measured, if there is a path to write to."""
-        loss, sigma = (torch.cat(part).float().cpu() for part in zip(*self.parts))
-        if team > 1:
-            loss, sigma = (torch.cat(part) for part in zip(*twosdm.gather((loss, sigma))))
-        bins = torch.bucketize(sigma, torch.tensor(LOSS_BINS))
-        edges, norms = (0, *LOSS_BINS, "inf"), torch.stack(self.norms).cpu()
-
-        def mean(values):                             # JSON knows no NaN
-            return values.mean().item() if values.isfinite().all() else None
-
-        line = dict(images=seen, loss=mean(loss), seconds=round(seconds, 2),
-                    images_per_second=round(len(loss) / (time.perf_counter() - self.began), 1),
-                    gradient_norm=mean(norms), nonfinite=int((~norms.isfinite()).sum()),
-                    loss_by_sigma={f"{edges[i]}-{edges[i + 1]}": mean(loss[bins == i])
-                                   for i in range(len(edges) - 1) if (bins == i).any()}, **extra)
-        if path:
-            with twosdm.user_errors(f"{path} cannot be written"), open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        bar.set_postfix_str("loss not finite" if line["loss"] is None else f"loss {line['loss']:.4g}")
-        self.clear()
+def fitted(path, images, fit):
+    """The reduction that fit() gives, fitted by one process once and kept in a file. Raises UserError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with twosdm.locked(path.with_suffix(".lock")):
+        if not path.exists():
+            state = fit().state_dict()
+            twosdm.save_checkpoint(path, stage="reduction", images=images.fingerprint, state=state)
+    checkpoint = twosdm.load_checkpoint(path, stage="reduction")
+    if checkpoint["images"] != images.fingerprint:
+        raise UserError(f"{path} belongs to other images or another resolution: give another --runs folder")
+    return twosdm.restore_reduction(checkpoint["state"])
 
 
-def start_log(path, seen):
-    """Cuts off the lines a killed run wrote after its last checkpoint, so that none stands there twice."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if not line.endswith("\n") or json.loads(line)["images"] > seen:
-                break
-        except (ValueError, KeyError, TypeError):     # no line of ours
-            continue
-        kept.append(line)
-    with twosdm.written(path) as fresh:
-        fresh.write_text("".join(kept))
+def caption_embeddings(embedder, config, count):
+    """The text side's embedding of every training image's caption, brought to rms 0.5: (N, D) float32."""
+    clip = embedder.inner if config.y != "clip" else embedder
+    if clip.name != "shapes":
+        raise UserError("--a text needs the small CLIP of shapes: leave --embedder out")
+    captions = twosdm.shapes_captions(torch.arange(count), config.seed)
+    with torch.no_grad():
+        return clip.text_condition(captions).cpu().numpy()
 
 
-class Stop:
-    """While it lasts, SIGTERM or Ctrl-C only ask: finish the step, save, leave. The second leaves at once."""
-    signals = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self, team):
-        self.team = team
-
-    def __call__(self, step, last):
-        """Whether to stop after this step; several processes agree on that in every eighth and the last."""
-        if self.team == 1:
-            return self.asked
-        return (step % 8 == 0 or last) and any(twosdm.gather(self.asked))
-
-    def __enter__(self):
-        self.asked, self.before = False, [signal.signal(number, self.ask) for number in self.signals]
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in zip(self.signals, self.before):
-            signal.signal(number, handler)
-
-    def ask(self, number, frame):
-        self.asked = True
-        self.__exit__()
-
-
+# ============================================================================================================
+# 5 The command line
+# ============================================================================================================
 def main():
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--dataset", default="shapes")
     early.add_argument("--stage", default="all")
     known, _ = early.parse_known_args()
-    defaults = twosdm.configure(known.dataset, known.stage)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog=f"The defaults above are those of --dataset {known.dataset} --stage "
-               + ("image; other stages have others: add --stage prior. " if known.stage == "all" else
-                  f"{known.stage}. ") +
-               f"Data sets: {', '.join(twosdm.PRESETS)}.")
-    twosdm.add_flags(parser, defaults)
+        epilog=f"The defaults are those of --dataset {known.dataset} --stage {known.stage} (all: image); others "
+               f"have others. Data sets: {', '.join(PRESETS)}.")
+    add_flags(parser, configure(known.dataset, known.stage))
     parser.add_argument("--dry-run", action="store_true",
                         help="print every setting with its source, and parameter counts, as JSON")
     args = vars(parser.parse_args())
-    dry, _, _ = args.pop("dry_run"), args.pop("dataset"), args.pop("stage")
-    changes = {name: value for name, value in args.items() if value is not None}
-    if "init_from" in changes and known.stage in ("embedder", "prior"):
-        raise UserError(f"--init-from is for the image model and the baseline, not for --stage {known.stage}")
-    configs = [twosdm.configure(known.dataset, stage, **changes)
-               for stage in (twosdm.STAGES if known.stage == "all" else (known.stage,))]
-    if known.stage == "all" and configs[0].embedder != "shapes":
-        configs = configs[1:]                         # nothing to train
-    if not twosdm.has_prior(configs[0].y):
+    dry_run = args.pop("dry_run")
+    changes = {name: value for name, value in args.items()
+               if value is not None and name not in ("dataset", "stage")}
+    stages = [known.stage]
+    if known.stage == "all":
+        stages = [stage for stage in STAGES if not (stage == "embedder" and known.dataset != "shapes")]
+    elif known.stage == "embedder" and known.dataset != "shapes":
+        raise UserError("only the embedder of shapes is trained: leave --stage embedder out")
+    y = changes.get("y", "clip")
+    twosdm.check_y(y)
+    if not twosdm.has_prior(y):
         if known.stage == "prior":
-            raise UserError(f"--y {configs[0].y} leaves the prior nothing to learn: clusters are drawn by "
-                            f"their frequency")
-        configs = [config for config in configs if config.stage != "prior"]
-    if dry:
+            raise UserError(f"--y {y} leaves the prior nothing to learn: clusters are drawn by their frequency")
+        stages = [stage for stage in stages if stage != "prior"]
+    configs = [configure(known.dataset, stage, **changes) for stage in stages]
+    if dry_run:
         print("[\n" + ",\n".join(describe(config, changes) for config in configs) + "\n]")
         return 0
     device = twosdm.pick_device(configs[0].device)
     twosdm.join_processes(device)
-    print(f"{known.dataset}: {', '.join(c.stage for c in configs)} on {device}"
-          + f", {twosdm.processes()} processes" * (twosdm.processes() > 1))
+    together = f", {twosdm.processes()} processes" if twosdm.processes() > 1 else ""
+    print(f"{known.dataset}: {', '.join(stages)} on {device}{together}")
     for config in configs:
         if config.short:
             print(f"{config.stage}, --short: step size rises over {config.lr_ramp:,} images, EMA half-life "
                   f"{config.ema_half_life:,} images")
         folder = run_folder(config)
         with contextlib.ExitStack() as held:
-            if not twosdm.rank():
-                with twosdm.user_errors(f"{folder} cannot be written"):
-                    folder.mkdir(parents=True, exist_ok=True)
-                    held.enter_context(twosdm.locked(folder / "lock", busy=f"another process is training "
-                                                     f"{folder}: wait for it, or give another --runs folder"))
+            if twosdm.rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(twosdm.locked(folder / "lock", busy=f"another process is training {folder}: "
+                                                 f"wait for it, or give another --runs folder"))
+                twosdm.clear_unfinished(folder)
             if not train(config, device):
                 return 130
     if known.stage == "all":
@@ -622,7 +961,7 @@ def main():
 
 def describe(config, changes):
     """What --dry-run prints of a stage, as JSON: each setting with its source, the number of parameters."""
-    side, joint = config.resolution, config.stage == "joint"
+    side = config.resolution
     y_dim = dict(clip=512, pixels=min(64, 3 * min(side, 32)**2), shapes=64)[config.embedder]
     a_dim = y_dim if config.a == "text" else count_classes(config)
     if config.stage == "baseline" or twosdm.told_nothing(config.y):
@@ -630,16 +969,17 @@ def describe(config, changes):
     elif ":" in config.y:
         y_dim = int(config.y.split(":")[1])
     shape = (4, side // 8, side // 8) if config.vae else (3, side, side)
-    modules = [image_tower(untrained(config))] if joint else []
+    modules = []
     with torch.device("meta"):
-        for stage in ("prior", "image") if joint else (config.stage,):
-            modules.append(twosdm.SmallClip() if stage == "embedder" else twosdm.build_denoiser(
-                network(dataclasses.replace(config, stage=stage), y_dim, a_dim, shape)))
-    whence = twosdm.sources(config.dataset, config.stage, **changes)
-    if config.short:
-        for name in set(twosdm.SCALED) - changes.keys():
-            whence[name] += ", scaled by --short"
-    values = dataclasses.asdict(config)
+        if config.stage == "embedder":
+            modules.append(twosdm.SmallClip())
+        if config.stage == "joint":
+            modules.append(image_tower(untrained(config)))
+        for stage in ("prior", "image") if config.stage == "joint" else [config.stage]:
+            if stage != "embedder":
+                model = network(dataclasses.replace(config, stage=stage), y_dim, a_dim, shape)
+                modules.append(twosdm.build_denoiser(model))
+    values, whence = dataclasses.asdict(config), sources(config.dataset, config.stage, changes)
     for function in (twosdm.Denoiser, twosdm.sigma_schedule, twosdm.Sampler):   # what no flag changes
         for name, parameter in inspect.signature(function).parameters.items():
             if name in ("sigma_data", "p_mean", "p_std", "sigma_min", "sigma_max", "rho", "s_noise"):
@@ -648,19 +988,25 @@ def describe(config, changes):
         values["adam_" + name], whence["adam_" + name] = value, "EDM"
     values["parameters"] = sum(p.numel() for module in modules for p in module.parameters())
     whence["parameters"] = "counted"
-    lines = [f'    "{name}": {json.dumps(dict(value=value, source=whence[name]))}'
-             for name, value in values.items()]
+    lines = []
+    for name, value in values.items():
+        source = whence.get(name, "ours")
+        if config.short and name in ("lr_ramp", "ema_half_life") and name not in changes:
+            source += ", scaled by --short"
+        lines.append(f'    "{name}": {json.dumps(dict(value=value, source=source))}')
     return "  {\n" + ",\n".join(lines) + "\n  }"
 
 
 def count_classes(config):
     """The number of classes that a configuration uses, without preparing its data."""
+    known = {"shapes": len(twosdm.SHAPES), "cifar10": 10, "imagenet-class": 1000, "imagenet-latent": 1000}
     if config.a != "class":
         return 0
-    known = {"shapes": len(twosdm.SHAPES), "cifar10": 10, "imagenet-class": 1000, "imagenet-latent": 1000}
-    if config.dataset not in known and not config.data:
+    if config.dataset in known:
+        return known[config.dataset]
+    if not config.data:
         raise UserError("--a class: to count the classes add --data FOLDER_OR_ZIP")
-    return known.get(config.dataset) or len(twosdm.list_images(config.data)[2])
+    return len(twosdm.ImageFiles(config.data).classes)
 
 
 if __name__ == "__main__":
