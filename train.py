@@ -9,6 +9,7 @@ Started again it goes on where it stopped.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -32,7 +33,7 @@ from twosdm import ARCHITECTURES, STAGES, UserError
 # ============================================================================================================
 # 1 Settings: each field is a flag
 # ============================================================================================================
-def option(default, help, low=None, high=None, choices=None):
+def option(default, help, low=None, high=2**50, choices=None):
     """A setting: its meaning, its bounds."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
@@ -60,12 +61,12 @@ class TrainConfig:
     size: int = option(20_000, "number of training images of shapes", 1, 10 * M)
     limit: int = option(0, "train on so many of the images, chosen at random; 0 = all", 0)
     skip_bad: bool = option(False, "leave out images that cannot be read instead of stopping")
-    vae: str = option("", "diffuse in the latent space of this Stable Diffusion VAE, a hub's name or a folder")
+    vae: str = option("", "diffuse in the latents of this Stable Diffusion VAE, a hub's name or a folder")
     augment: float = option(0.0, "probability of each geometric augmentation", 0, 1)
     views: int = option(32, "augmented views per image that the prior is trained on", 1, K)
 
-    embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, a PCA of the pixels, or a small CLIP of "
-                           "the shapes", choices=("clip", "pixels", "shapes"))
+    embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, a PCA of the pixels, or a small CLIP "
+                           "of the shapes", choices=("clip", "pixels", "shapes"))
     clip_weights: str = option("openai", "'openai', which open_clip downloads, or a file")
     y: str = option("clip", "what of the embedding is used: all of it (clip), its first D principal "
                     "components (pca:D), which of K clusters it is in (kmeans:K), nothing (none)")
@@ -96,8 +97,8 @@ class TrainConfig:
     steps: int = option(40, "sampling steps (2·steps - 1 network evaluations)", 2, M)
     churn: float = option(50.0, "S_churn of the sampler; 0 = deterministic", 0, 1e9)
 
-    precision: str = option("auto", "of the networks' arithmetic, weights stay fp32; auto = bf16 on cuda, else "
-                            "fp32", choices=("auto", *PRECISIONS))
+    precision: str = option("auto", "of the networks' arithmetic, weights stay fp32; auto = bf16 on cuda, "
+                            "else fp32", choices=("auto", *PRECISIONS))
     compile: bool | None = option(None, "torch.compile the network; unset = on cuda")
     batch_gpu: int = option(0, "images per forward pass, to save memory; 0 = the whole batch", 0)
     log: int = option(50 * K, "images between lines of log.jsonl", 1)
@@ -147,6 +148,7 @@ IMAGENET = [
     ("ours", IMAGE, dict(ema_half_life=500 * K)),     # EDM's 50 M belong to its 2,500 M images
     *PAPER_PRIOR,
 ]
+CLASSES = {"shapes": 6, "cifar10": 10, "imagenet-class": 1000, "imagenet-latent": 1000}
 PRESETS = {
     "shapes": [
         ("ours", EVERY, dict(embedder="shapes", lr_ramp=4 * K, views=1, steps=18, churn=0.0)),
@@ -240,52 +242,48 @@ def check(config):
         flag = "--" + setting.name.replace("_", "-")
         if known["choices"] and value not in known["choices"]:
             raise UserError(f"{flag} {value} is unknown: choose one of {', '.join(known['choices'])}")
-        low, high = known["low"], math.inf if known["high"] is None else known["high"]
+        low, high = known["low"], known["high"]
         numbers = value if isinstance(value, tuple) else (value,)
         if low is not None and not all(low <= number <= high for number in numbers):
-            raise UserError(f"{flag} {value} is out of range: it must be at least {low}"
-                            + (f" and at most {high}" if high < math.inf else ""))
-    divisors = [
-        ("--resolution", config.resolution, 2 ** (len(config.mults) - 1), "to be halved at each level"),
-        ("--width", config.width, 64 if config.arch == "adm" else 4, "the size of a group or head"),
-        ("--prior-width", config.prior_width, config.prior_heads, "the number of --prior-heads"),
-        ("--prior-width", config.prior_width, 4, "for its sinusoids"),
-    ]
-    if config.vae:
-        divisors[0] = ("--resolution", config.resolution, 8 * divisors[0][2], "the VAE's 8 times the levels' 2")
-    for flag, value, divisor, why in divisors:
-        if value % divisor:
-            raise UserError(f"{flag} {value} must be divisible by {divisor}, {why}")
+            raise UserError(f"{flag} {value} is out of range: it must be at least {low} and at most {high}")
     twosdm.check_y(config.y)
-    joint = config.stage == "joint"
-    refusals = {
-        f"--data {config.data} needs a --dataset, such as folder: shapes draws its own":
-            config.dataset == "shapes" and config.data,
-        f"--tag {config.tag}: give letters, digits, dots and underscores alone":
-            not re.fullmatch(r"[\w.]*", config.tag),
-        "--vae has latents of images as they are: --augment 0": config.vae and config.augment,
-        "--a text is for --stage prior of shapes: captions are nowhere else, and the image model learns of them "
-        "through y": config.a == "text" and (config.dataset != "shapes" or config.stage != "prior"),
-        f"--y {config.y} leaves --y-dropout nothing to drop: leave one of them out":
-            config.y_dropout and twosdm.told_nothing(config.y),
-        "--stage joint learns y with the rest: leave --y and --y-dropout out":
-            joint and (config.y != "clip" or config.y_dropout),
-        "--stage joint trains an embedder of images: --embedder clip or shapes, no --vae":
-            joint and (config.embedder == "pixels" or config.vae),
-        "--y kmeans draws clusters regardless of a: --a none":
-            config.y.startswith("kmeans") and config.a != "none",
-        "--init-from is for the image model and the baseline": config.init_from and config.stage == "prior",
-    }
-    for sentence, refused in refusals.items():
+    halved = 2 ** (len(config.mults) - 1) * (8 if config.vae else 1)
+    heads = 64 if config.arch == "adm" else 4
+    prior = math.lcm(4, config.prior_heads)
+    shapes, joint = config.dataset == "shapes", config.stage == "joint"
+    for refused, sentence in (
+        (config.resolution % halved,
+         f"--resolution {config.resolution} must be divisible by {halved}, to be halved at each level"),
+        (config.width % heads,
+         f"--width {config.width} must be divisible by {heads}, the size of a group or head"),
+        (config.prior_width % prior,
+         f"--prior-width {config.prior_width} must be divisible by {prior}, for sinusoids and --prior-heads"),
+        (shapes and config.data,
+         f"--data {config.data} needs a --dataset, such as folder: shapes draws its own"),
+        (not re.fullmatch(r"[\w.]*", config.tag),
+         f"--tag {config.tag}: give letters, digits, dots and underscores alone"),
+        (config.vae and config.augment,
+         "--vae has latents of images as they are: --augment 0"),
+        (config.a == "text" and not (shapes and config.stage == "prior"),
+         "--a text is for --stage prior of shapes: captions are nowhere else, and the image model learns of "
+         "them through y"),
+        (config.a == "class" and config.y.startswith("kmeans"),
+         "--y kmeans draws clusters regardless of a: --a none"),
+        (config.y_dropout and twosdm.told_nothing(config.y),
+         f"--y {config.y} leaves --y-dropout nothing to drop: leave one of them out"),
+        (joint and (config.y != "clip" or config.y_dropout),
+         "--stage joint learns y with the rest: leave --y and --y-dropout out"),
+        (joint and (config.embedder == "pixels" or config.vae),
+         "--stage joint trains an embedder of images: --embedder clip or shapes, no --vae"),
+    ):
         if refused:
             raise UserError(sentence)
 
 
 def whole_number(text):
     """'25M' -> 25000000: a whole number with an optional suffix k, M or G."""
-    factor = {"k": K, "m": M, "g": K * M}.get(text[-1:].lower())
-    number = float(text[:-1]) * factor if factor else float(text)
-    if number != int(number):                         # which raises for NaN and infinity
+    number = float(text.lower().replace("k", "e3").replace("m", "e6").replace("g", "e9"))
+    if not number.is_integer():
         raise ValueError(text)
     return int(number)
 
@@ -296,23 +294,20 @@ def whole_numbers(text):
 
 def add_flags(parser, config):
     """One flag per setting of a configuration, whose values --help shows as the defaults."""
-    group, convert = parser, {int: whole_number, tuple: whole_numbers}
+    group, types = parser, {int: whole_number, tuple: whole_numbers}
     for setting in dataclasses.fields(config):
         if setting.name in GROUPS:
             group = parser.add_argument_group(GROUPS[setting.name])
-        value, choices = getattr(config, setting.name), setting.metadata["choices"]
-        if isinstance(value, tuple):
-            value = ",".join(map(str, value))
-        if value in ("", None):
-            value = "none"
-        options = dict(help=f"{setting.metadata['help']} (default: {value})".replace("%", "%%"))
-        if setting.type is bool:
-            options |= dict(action="store_const", const=True)
-        elif setting.type == bool | None:
-            options |= dict(action=argparse.BooleanOptionalAction)
+        default, choices = getattr(config, setting.name), setting.metadata["choices"]
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default))
+        options = dict(help=f"{setting.metadata['help']} (default: {default})".replace("%", "%%"))
+        if setting.type is bool or setting.default is None:
+            options["action"] = argparse.BooleanOptionalAction
+            options["default"] = None
         else:
-            options |= dict(type=convert.get(setting.type, setting.type))
-            options |= dict(metavar="|".join(choices or ()) or setting.type.__name__.upper())
+            options["type"] = types.get(setting.type, setting.type)
+            options["metavar"] = "|".join(choices or ()) or setting.type.__name__.upper()
         group.add_argument("--" + setting.name.replace("_", "-"), **options)
 
 
@@ -327,14 +322,14 @@ def network(config, y_dim, a_dim, shape):
 
     y_dim, a_dim: of the embedding and the classes, 0 for none; shape (C, H, W) of images or latents.
     """
-    c, augment_dim = config, twosdm.LABEL_DIM if config.augment else 0
-    if c.stage == "prior":
-        settings = dict(dim=y_dim, cond_dim=a_dim, augment_dim=augment_dim, width=c.prior_width,
-                        depth=c.prior_depth, heads=c.prior_heads)
-        return dict(net="prior", predict=c.prior_predicts, sigma_data=0.5, settings=settings)
-    settings = dict(resolution=shape[1], channels=shape[0], cond_dim=y_dim + a_dim, augment_dim=augment_dim,
-                    arch=c.arch, width=c.width, mults=c.mults, blocks=c.blocks, attention=c.attention,
-                    dropout=c.dropout)
+    augment_dim = twosdm.LABEL_DIM if config.augment else 0
+    if config.stage == "prior":
+        settings = dict(dim=y_dim, cond_dim=a_dim, augment_dim=augment_dim, width=config.prior_width,
+                        depth=config.prior_depth, heads=config.prior_heads)
+        return dict(net="prior", predict=config.prior_predicts, sigma_data=0.5, settings=settings)
+    names = ("arch", "width", "mults", "blocks", "attention", "dropout")
+    settings = {name: getattr(config, name) for name in names}
+    settings |= dict(resolution=shape[1], channels=shape[0], cond_dim=y_dim + a_dim, augment_dim=augment_dim)
     return dict(net="unet", predict="edm", sigma_data=0.5, settings=settings)
 
 
@@ -347,10 +342,10 @@ class Stage:
 
     def random(self, rows):
         """All random numbers of a batch but dropout's, so its loss is the same in one part or several."""
-        return dict(sigma=torch.ones(len(rows)))
+        return {}
 
     def loss(self, rows, numbers):
-        """Rows (B,) of the images and their random numbers -> loss (B,), sigma (B,)."""
+        """Rows (B,) of the images and their random numbers -> (B,)."""
         raise AssertionError
 
     def finish(self, module):
@@ -371,7 +366,7 @@ class Embedding(Stage):
 
     def loss(self, rows, numbers):
         captions = [self.captions[row] for row in rows]
-        return self.module.loss(self.images.batch(rows, self.device), captions), numbers["sigma"]
+        return self.module.loss(self.images.batch(rows, self.device), captions)
 
     @torch.no_grad()
     def finish(self, module):
@@ -463,10 +458,8 @@ class Diffusion(Stage):
             x, y, label = self.example(rows, numbers)
         a, noise = self.condition(rows), (numbers["sigma"], numbers["eps"])
         if self.config.stage == "prior":
-            loss = self.denoiser.loss(y, a, label, noise)                         # Eq. 4
-        else:
-            loss = self.denoiser.loss(x, twosdm.join(y, a), label, noise)         # Eq. 5
-        return loss, numbers["sigma"]
+            return self.denoiser.loss(y, a, label, noise)                         # Eq. 4
+        return self.denoiser.loss(x, twosdm.join(y, a), label, noise)             # Eq. 5
 
     def example(self, rows, numbers):
         """x (B, C, H, W), which the prior does without; y (B, D), of no embedder None; the labels (B, 9)."""
@@ -550,7 +543,7 @@ class Joint(Diffusion):
         y = self.module["embedder"](x).float()        # not bf16, as it is what the prior is to predict
         prior = self.prior.loss(y, a, label, (numbers["prior_sigma"], numbers["prior_eps"]))
         image = self.denoiser.loss(x, twosdm.join(y, a), label, (numbers["sigma"], numbers["eps"]))
-        return prior + image, numbers["sigma"]
+        return prior + image
 
     def samples(self, module, rows, sampler):
         seeds = range(len(rows))
@@ -569,40 +562,23 @@ def image_tower(embedder):
 # ============================================================================================================
 # 3 The loop
 # ============================================================================================================
-class Loss(nn.Module):
-    """A stage's loss as the forward of a module, the only thing that DistributedDataParallel wraps."""
-
-    def __init__(self, stage):
-        super().__init__()
-        self.module, self.loss = stage.module, stage.loss
-
-    def forward(self, rows, numbers):
-        return self.loss(rows, numbers)
+@functools.lru_cache(maxsize=2)
+def permutation(size, seed, epoch):
+    """(size,) int64: in which order an epoch shows its examples."""
+    generator = torch.Generator().manual_seed(twosdm.mix_seed("order", seed, epoch))
+    return torch.randperm(size, generator=generator).numpy()
 
 
-class Order:
-    """An endless shuffling of N examples: position p shows permutation (p div N) of the seed at (p mod N)."""
-
-    def __init__(self, size, seed):
-        self.size, self.seed, self.epoch, self.rows = size, seed, -1, None
-
-    def __getitem__(self, span):
-        """order[start:stop] -> (stop - start,) int64 rows, a function of seed and positions alone."""
-        rows = []
-        for position in range(span.start, span.stop):
-            epoch, place = divmod(position, self.size)
-            if epoch != self.epoch:
-                generator = torch.Generator().manual_seed(twosdm.mix_seed("order", self.seed, epoch))
-                self.epoch, self.rows = epoch, torch.randperm(self.size, generator=generator).numpy()
-            rows.append(self.rows[place])
-        return np.array(rows, np.int64)
+def shuffled(size, seed, start, stop):
+    """Positions start to stop of an endless shuffling -> rows (stop - start,), of these numbers alone."""
+    return np.array([permutation(size, seed, i // size)[i % size] for i in range(start, stop)])
 
 
 class Run:
     """One stage's training: its networks, how far it is, its log; all that its checkpoint keeps."""
 
-    def __init__(self, config, stage, known, device):
-        self.config, self.stage, self.known = config, stage, known
+    def __init__(self, config, stage, packed, device):
+        self.config, self.stage, self.packed = config, stage, packed
         self.folder = run_folder(config)
         self.module = stage.module.to(device).train()
         self.ema = twosdm.EMA(self.module, config.ema_half_life, config.ema_ramp)
@@ -614,25 +590,39 @@ class Run:
         self.module.load_state_dict(checkpoint["net"])
         self.ema.net.load_state_dict(checkpoint["ema"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.seen, self.seconds, self.log = checkpoint["seen"], checkpoint["seconds"], checkpoint["log"]
+        self.seen, self.seconds, self.log = (checkpoint[name] for name in ("seen", "seconds", "log"))
 
     def save(self, name="checkpoint.pt"):
         """All that samples need; of a checkpoint, not of a snapshot, also what training goes on from."""
-        more = {}
+        config, images, counts, more = self.config, self.stage.images, None, {}
+        if images.labels is not None:
+            counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
         if name == "checkpoint.pt":
             more = dict(net=self.module.state_dict(), optimizer=self.optimizer.state_dict())
         twosdm.save_checkpoint(
-            self.folder / name, **self.known, config=dataclasses.asdict(self.config), model=self.stage.model,
-            seen=self.seen, seconds=self.seconds, log=self.log, ema=self.ema.net.state_dict(),
-            **self.stage.extra, **more)
+            self.folder / name,
+            stage=config.stage,
+            dataset=config.dataset,
+            config=dataclasses.asdict(config),
+            model=self.stage.model,
+            embedder=self.packed,
+            fingerprints=fingerprints(images, self.packed),
+            data=dict(name=config.dataset, path=config.data, count=len(images), classes=images.classes,
+                      class_counts=counts, fingerprint=images.fingerprint),
+            seen=self.seen,
+            seconds=self.seconds,
+            log=self.log,
+            ema=self.ema.net.state_dict(),
+            **self.stage.extra,
+            **more,
+        )
 
-    def write_log(self, line):
+    def write_log(self):
         """log.jsonl, whole: what a killed run had written after its checkpoint is gone from it."""
-        self.log.append(line)
         with twosdm.written(self.folder / "log.jsonl") as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in self.log)
 
-    def draw(self):
+    def preview(self):
         picture = self.stage.preview(self.ema.net)
         if picture is not None:
             twosdm.save_picture(self.folder / f"samples-{self.seen:09d}.png", picture, least=512)
@@ -650,51 +640,53 @@ def loop(run, device):
     # The processes of torchrun share each batch; all but the first are silent and write nothing. The
     # contrastive loss compares all examples of a batch: it cannot be split, and each process trains it alone.
     whole, first = config.stage == "embedder", twosdm.rank() == 0
-    team = 1 if whole else twosdm.processes()
-    mine = np.arange(config.batch) if whole else np.array_split(np.arange(config.batch), team)[twosdm.rank()]
-    parts = np.array_split(mine, 1 if whole else -(-len(mine) // (config.batch_gpu or config.batch)))
-    loss_of = Loss(stage) if team == 1 else nn.parallel.DistributedDataParallel(Loss(stage))
-    order, meter = Order(len(stage.images), config.seed), Meter(team)
+    team, me = (1, 0) if whole else (twosdm.processes(), twosdm.rank())
+    start, stop = config.batch * me // team, config.batch * (me + 1) // team
+    size = stop - start if whole else config.batch_gpu or stop - start
+    parts = [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+    losses, norms = [], []
     bar = tqdm(total=config.images, initial=run.seen, desc=f"{config.stage:>8}", unit=" images",
                unit_scale=True, smoothing=0.02)
     with bar, stop_signals() as asked:
         while run.seen < config.images:
             # All randomness follows from (seed, images seen): a resumed run repeats what the first would do.
             torch.manual_seed(twosdm.mix_seed("step", config.seed, run.seen))
-            began, rows = time.perf_counter(), order[run.seen:run.seen + config.batch]
+            began = time.perf_counter()
+            rows = shuffled(len(stage.images), config.seed, run.seen, run.seen + config.batch)
             numbers = stage.random(rows)
             # A linear ramp, then constant; it counts this batch, so that the first step is not one of size 0.
             ramp = min((run.seen + config.batch) / max(config.lr_ramp, 1), 1)
-            for group in run.optimizer.param_groups:
-                group["lr"] = config.lr * ramp
+            run.optimizer.param_groups[0]["lr"] = config.lr * ramp
             run.optimizer.zero_grad(set_to_none=True)
-            for i, part in enumerate(parts):
+            for part in parts:
                 if config.dropout:                    # the masks differ with the way a batch is split
-                    torch.manual_seed(twosdm.mix_seed("dropout", config.seed, run.seen, int(part[0])))
-                waits = team > 1 and i < len(parts) - 1
-                with loss_of.no_sync() if waits else contextlib.nullcontext():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                        some = slice(part[0], part[-1] + 1)
-                        loss, sigma = loss_of(rows[some], {name: n[some] for name, n in numbers.items()})
-                    (loss.sum() * team / config.batch).backward()      # the processes' gradients are averaged
-                meter.losses(loss.detach(), sigma)
-            meter.gradients(module)                   # also replaces NaN and infinity, as EDM does
+                    torch.manual_seed(twosdm.mix_seed("dropout", config.seed, run.seen, part.start))
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    loss = stage.loss(rows[part], {name: n[part] for name, n in numbers.items()})
+                (loss.sum() / config.batch).backward()
+                losses.append(loss.detach())
+            norms.append(finish_gradients(module, team))
             run.optimizer.step()
             run.ema.update(module, run.seen, config.batch)
-            run.seen, run.seconds = run.seen + config.batch, run.seconds + time.perf_counter() - began
+            run.seen += config.batch
+            run.seconds += time.perf_counter() - began
             bar.update(config.batch)
             last = run.seen >= config.images
             stopped = agreed(asked, team, run.seen // config.batch % 8 == 0 or last)
             if run.reached(config.log):
-                line = meter.line(run.seen, run.seconds) | (stage.finish(run.ema.net) if last else {})
+                line = log_line(losses, norms, team, run)
+                losses, norms = [], []
                 bar.set_postfix_str(f"loss {line['loss']:.4g}")
+                if last:
+                    line |= stage.finish(run.ema.net)
+                run.log.append(line)
                 if first:
-                    run.write_log(line)
+                    run.write_log()
             # What a checkpoint counts is there before it.
             if first and run.reached(config.snapshots):
                 run.save(f"snapshot-{run.seen:010d}.pt")
             if first and run.reached(config.preview):
-                run.draw()
+                run.preview()
             if first and (run.reached(config.save) or stopped):
                 run.save()
             if stopped:
@@ -702,42 +694,34 @@ def loop(run, device):
     return True
 
 
-class Meter:
-    """What log.jsonl holds, one line per config.log images."""
+def finish_gradients(module, team):
+    """Adds up the processes' gradients and replaces NaN and infinity, as EDM does -> the norm before that."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    if team > 1:
+        torch.distributed.all_reduce(flat)
+    norm = flat.norm()
+    # Without a look at it first, which would wait for the GPU.
+    torch.nan_to_num(flat, nan=0.0, posinf=1e5, neginf=-1e5, out=flat)
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(part.view_as(gradient))
+    return norm
 
-    def __init__(self, team):
-        self.team, self.parts, self.norms, self.began = team, [], [], time.perf_counter()
 
-    def losses(self, loss, sigma):
-        self.parts.append(torch.stack([loss.float(), sigma]))                             # (2, B)
-
-    def gradients(self, module):
-        """Replaces NaN and infinite gradients by finite ones, and keeps the norm that all had before."""
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        self.norms.append(torch.stack(torch._foreach_norm(gradients)).square().sum().sqrt())
-        for gradient in gradients:                    # unseen: to look would be to wait for the GPU
-            torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
-
-    def line(self, seen, seconds):
-        """Of what all processes of the team have measured since the last line. UserError if it is not finite."""
-        loss, sigma = torch.cat(self.parts, dim=1).cpu()
-        if self.team > 1:
-            loss, sigma = torch.cat(twosdm.gather(torch.stack([loss, sigma])), dim=1)
-        norms = torch.stack(self.norms).cpu()
-        finite = loss.isfinite()
-        if not finite.any() or not norms.isfinite().any():
-            raise UserError("the loss is not finite any more: give a lower --lr or --precision fp32; the last "
-                            "checkpoint is from before, and the same command goes on from it")
-        by_sigma, edges = {}, (0, 0.05, 0.15, 0.4, 1.2, math.inf)
-        for low, high in zip(edges, edges[1:]):
-            inside = finite & (low <= sigma) & (sigma < high)
-            if inside.any():
-                by_sigma[f"{low}-{high}"] = loss[inside].mean().item()
-        rate = len(loss) / (time.perf_counter() - self.began)
-        self.__init__(self.team)
-        return dict(images=seen, loss=loss[finite].mean().item(), seconds=round(seconds, 2),
-                    images_per_second=round(rate, 1), gradient_norm=norms[norms.isfinite()].mean().item(),
-                    nonfinite=int((~norms.isfinite()).sum()), loss_by_sigma=by_sigma)
+def log_line(losses, norms, team, run):
+    """A line of log.jsonl, of all measured by the team since the last. UserError if nothing is finite."""
+    loss, norm = torch.cat(losses).float().cpu(), torch.stack(norms).cpu()
+    if team > 1:
+        loss = torch.cat(twosdm.gather(loss))
+    finite = norm.isfinite()
+    if not finite.any() or not loss.isfinite().any():
+        raise UserError("the loss is not finite any more: give a lower --lr or --precision fp32; the last "
+                        "checkpoint is from before, and the same command goes on from it")
+    before = run.log[-1] if run.log else dict(images=0, seconds=0.0)
+    rate = (run.seen - before["images"]) / (run.seconds - before["seconds"])
+    return dict(images=run.seen, loss=loss[loss.isfinite()].mean().item(), seconds=run.seconds,
+                images_per_second=round(rate, 1), gradient_norm=norm[finite].mean().item(),
+                nonfinite=int((~finite).sum()))
 
 
 @contextlib.contextmanager
@@ -801,20 +785,12 @@ def train(config, device):
         packed = twosdm.pack_embedder(embedder) if embedder is not None else None
         kind = Joint if config.stage == "joint" else Diffusion
         stage = kind(config, images, device, embedder, autoencoder)
-    counts = None
-    if images.labels is not None:
-        counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
-    known = dict(
-        stage=config.stage, dataset=config.dataset, embedder=packed,
-        fingerprints=dict(images=images.fingerprint, embedder=packed and packed["fingerprint"]),
-        data=dict(name=config.dataset, path=config.data, count=len(images), fingerprint=images.fingerprint,
-                  classes=images.classes, class_counts=counts))
     if config.init_from and not checkpoint:
         model = stage.model.get("image", stage.model)
         twosdm.init_from_edm(stage.denoiser, model["settings"], config.init_from, stage.classes)
-    run = Run(config, stage, known, device)
+    run = Run(config, stage, packed, device)
     if checkpoint:
-        if checkpoint["fingerprints"] != known["fingerprints"]:
+        if checkpoint["fingerprints"] != fingerprints(images, packed):
             raise UserError(f"{path} was trained with another embedder: give the same one, or another --runs "
                             f"folder")
         with twosdm.reading(path, "move it away and train again"):
@@ -834,14 +810,19 @@ def train(config, device):
     return True
 
 
+def fingerprints(images, packed):
+    """What tells the images and the embedder of a run from others."""
+    return dict(images=images.fingerprint, embedder=packed and packed["fingerprint"])
+
+
 def same_settings(checkpoint, config, path):
     """Refuses to go on with a run under other settings than it began with."""
     for name in IDENTITY[config.stage].split():
         old, new = checkpoint["config"].get(name), getattr(config, name)
         if old != new:
             raise UserError(f"{path} was trained with --{name.replace('_', '-')} {old or 'none'}, not "
-                            f"{new or 'none'}: use its settings (--short makes some of --images), or keep both "
-                            f"by --tag NAME or another --runs folder")
+                            f"{new or 'none'}: use its settings (--short makes some of --images), or keep "
+                            f"both by --tag NAME or another --runs folder")
 
 
 def get_embedder(config, images, device):
@@ -875,7 +856,7 @@ def whole_embedder(config, images):
         raise UserError("the embedder of shapes is not trained yet: python train.py --stage embedder")
     checkpoint = twosdm.load_checkpoint(path, stage="embedder")
     if checkpoint["seen"] < checkpoint["config"]["images"]:
-        raise UserError("the embedder of shapes is half trained: python train.py --stage embedder goes on with it")
+        raise UserError("the embedder of shapes is half trained: python train.py --stage embedder goes on")
     return twosdm.trained_clip(checkpoint)
 
 
@@ -912,8 +893,8 @@ def main():
     known, _ = early.parse_known_args()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog=f"The defaults are those of --dataset {known.dataset} --stage {known.stage} (all: image); others "
-               f"have others. Data sets: {', '.join(PRESETS)}.")
+        epilog=f"The defaults are those of --dataset {known.dataset} --stage {known.stage} (all: image); "
+               f"others have others. Data sets: {', '.join(PRESETS)}.")
     add_flags(parser, configure(known.dataset, known.stage))
     parser.add_argument("--dry-run", action="store_true",
                         help="print every setting with its source, and parameter counts, as JSON")
@@ -930,11 +911,14 @@ def main():
     twosdm.check_y(y)
     if not twosdm.has_prior(y):
         if known.stage == "prior":
-            raise UserError(f"--y {y} leaves the prior nothing to learn: clusters are drawn by their frequency")
+            raise UserError(f"--y {y} leaves the prior nothing to learn: clusters are drawn by frequency")
         stages = [stage for stage in stages if stage != "prior"]
     configs = [configure(known.dataset, stage, **changes) for stage in stages]
     if dry_run:
-        print("[\n" + ",\n".join(describe(config, changes) for config in configs) + "\n]")
+        for i, config in enumerate(configs):          # a list of objects, one line for each setting
+            lines = [f'"{name}": {json.dumps(entry)}' for name, entry in describe(config, changes).items()]
+            print("[{" if i == 0 else ",{", ",\n  ".join(lines), "}")
+        print("]")
         return 0
     device = twosdm.pick_device(configs[0].device)
     twosdm.join_processes(device)
@@ -948,8 +932,8 @@ def main():
         with contextlib.ExitStack() as held:
             if twosdm.rank() == 0:
                 folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(twosdm.locked(folder / "lock", busy=f"another process is training {folder}: "
-                                                 f"wait for it, or give another --runs folder"))
+                busy = f"another process is training {folder}: wait for it, or give another --runs folder"
+                held.enter_context(twosdm.locked(folder / "lock", busy))
                 twosdm.clear_unfinished(folder)
             if not train(config, device):
                 return 130
@@ -960,8 +944,8 @@ def main():
 
 
 def describe(config, changes):
-    """What --dry-run prints of a stage, as JSON: each setting with its source, the number of parameters."""
-    side = config.resolution
+    """What --dry-run prints of a stage: each setting with its source, the number of parameters."""
+    side, stages = config.resolution, [config.stage]
     y_dim = dict(clip=512, pixels=min(64, 3 * min(side, 32)**2), shapes=64)[config.embedder]
     a_dim = y_dim if config.a == "text" else count_classes(config)
     if config.stage == "baseline" or twosdm.told_nothing(config.y):
@@ -969,16 +953,15 @@ def describe(config, changes):
     elif ":" in config.y:
         y_dim = int(config.y.split(":")[1])
     shape = (4, side // 8, side // 8) if config.vae else (3, side, side)
-    modules = []
-    with torch.device("meta"):
-        if config.stage == "embedder":
-            modules.append(twosdm.SmallClip())
+    with torch.device("meta"):                        # shapes without contents: instant at any size
+        modules = []
         if config.stage == "joint":
-            modules.append(image_tower(untrained(config)))
-        for stage in ("prior", "image") if config.stage == "joint" else [config.stage]:
-            if stage != "embedder":
-                model = network(dataclasses.replace(config, stage=stage), y_dim, a_dim, shape)
-                modules.append(twosdm.build_denoiser(model))
+            modules, stages = [image_tower(untrained(config))], ["prior", "image"]
+        if config.stage == "embedder":
+            modules, stages = [twosdm.SmallClip()], []
+        for stage in stages:
+            model = network(dataclasses.replace(config, stage=stage), y_dim, a_dim, shape)
+            modules.append(twosdm.build_denoiser(model))
     values, whence = dataclasses.asdict(config), sources(config.dataset, config.stage, changes)
     for function in (twosdm.Denoiser, twosdm.sigma_schedule, twosdm.Sampler):   # what no flag changes
         for name, parameter in inspect.signature(function).parameters.items():
@@ -988,22 +971,18 @@ def describe(config, changes):
         values["adam_" + name], whence["adam_" + name] = value, "EDM"
     values["parameters"] = sum(p.numel() for module in modules for p in module.parameters())
     whence["parameters"] = "counted"
-    lines = []
-    for name, value in values.items():
-        source = whence.get(name, "ours")
-        if config.short and name in ("lr_ramp", "ema_half_life") and name not in changes:
-            source += ", scaled by --short"
-        lines.append(f'    "{name}": {json.dumps(dict(value=value, source=source))}')
-    return "  {\n" + ",\n".join(lines) + "\n  }"
+    if config.short:
+        for name in {"lr_ramp", "ema_half_life"} - changes.keys():
+            whence[name] = f"{whence[name]}, scaled by --short"
+    return {name: dict(value=value, source=whence.get(name, "ours")) for name, value in values.items()}
 
 
 def count_classes(config):
     """The number of classes that a configuration uses, without preparing its data."""
-    known = {"shapes": len(twosdm.SHAPES), "cifar10": 10, "imagenet-class": 1000, "imagenet-latent": 1000}
     if config.a != "class":
         return 0
-    if config.dataset in known:
-        return known[config.dataset]
+    if config.dataset in CLASSES:
+        return CLASSES[config.dataset]
     if not config.data:
         raise UserError("--a class: to count the classes add --data FOLDER_OR_ZIP")
     return len(twosdm.ImageFiles(config.data).classes)

@@ -8,7 +8,7 @@ Diffusion Models*, arXiv 2303.16187, and its full version, *Two-stage diffusion 
     p(x|a) = E_{p(y|a)} p(x|y,a)                                                                     (Eq. 2)
            ≈ E_{p_φ(y|a)} p_θ(x|y,a)           y from the prior, x from the image model, forget y    (Eq. 3)
 
-The law of the training data is p(x,y,a) = p(x,a) δ(y - e_i(x)): y is computed from x, nobody labels anything.
+The law of the training data is p(x,y,a) = p(x,a) δ(y - e_i(x)): y is computed from x, nobody labels.
 
 Glossary
     B, C, H, W   batch, channels, height, width          D       dimension of an embedding
@@ -41,15 +41,16 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.cluster.vq import kmeans2, vq
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 
@@ -388,7 +389,7 @@ ARCHITECTURES = {                                     # EDM's networks for 64×6
 
 
 def group_norm(channels, adm):
-    """GroupNorm with 32 groups, of fewer than 128 channels one for each four; fewer where these do not divide."""
+    """GroupNorm: 32 groups, or one for each four of fewer than 128 channels; fewer if these do not divide."""
     groups = math.gcd(min(32, channels // 4), channels)
     return nn.GroupNorm(groups, channels, eps=1e-5 if adm else 1e-6)
 
@@ -402,7 +403,7 @@ class UNetBlock(nn.Module):
 
     def __init__(self, cin, cout, emb_dim, adm, heads=0, resample=None, dropout=0.0):
         super().__init__()
-        self.cin, self.cout, self.adm, self.heads = cin, cout, adm, heads
+        self.cin, self.adm, self.heads = cin, adm, heads
         self.resample, self.dropout = resample, dropout
         self.skip_scale = 1.0 if adm else math.sqrt(0.5)
         self.norm0 = group_norm(cin, adm)
@@ -493,17 +494,14 @@ class UNet(nn.Module):
                 self.enc.append(block(c, width * mult, attended))
                 c = width * mult
                 skips.append(c)
-        # ... and in the level's last decoder block, ADM in all. `takes_skip`: which decoder blocks take one.
+        # ... and in the level's last decoder block, ADM in all. All but the first two and "up" take a skip.
         self.dec = nn.ModuleList([block(c, c, True), block(c, c, False)])
-        self.takes_skip = [False, False]
         for level, mult in reversed(list(enumerate(mults))):
             attended = resolution >> level in attention
             if level < halved:
                 self.dec.append(block(c, c, False, "up"))
-                self.takes_skip.append(False)
             for i in range(blocks + 1):
                 self.dec.append(block(c + skips.pop(), width * mult, attended and (adm or i == blocks)))
-                self.takes_skip.append(True)
                 c = width * mult
         assert not skips
         self.out_norm = group_norm(c, adm)
@@ -555,8 +553,8 @@ class UNet(nn.Module):
         for block in self.enc[1:]:
             x = block(x, emb)
             skips.append(x)
-        for block, takes_skip in zip(self.dec, self.takes_skip):
-            if takes_skip:
+        for block in self.dec:
+            if x.shape[1] != block.cin:               # made for more channels: those of a skip
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb)
         return self.out_conv(F.silu(self.out_norm(x)))                                    # (B, C, H, W)
@@ -589,20 +587,18 @@ class ClipEmbedder(nn.Module):
         super().__init__()
         import open_clip                              # seconds to import: only those who use it pay
         file = "open_clip_model.safetensors of timm/vit_base_patch32_clip_224.openai on Hugging Face"
-        remedy = f"it should be {file}"
-        if weights == "openai":
-            remedy = (f"connect once so that open_clip can download them, or fetch {file} elsewhere and "
-                      f"give --clip-weights FILE; --embedder pixels needs none")
-        elif weights is not None and not Path(weights).is_file():
-            raise UserError(f"--clip-weights {weights}: there is no such file")
+        remedy = (f"connect once so that open_clip can download them, or fetch {file} elsewhere and give "
+                  f"--clip-weights FILE; --embedder pixels needs none")
         with loading(f"CLIP's weights '{weights}'", remedy):
+            if weights not in ("openai", None) and not Path(weights).is_file():
+                raise FileNotFoundError
             # Plain ViT-B-32 lacks the activation of these weights.
             self.model = open_clip.create_model(
                 "ViT-B-32-quickgelu", pretrained=weights, require_pretrained=weights is not None)
         self.model.eval().requires_grad_(False)
-        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        colors = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
+        for name, values in colors.items():
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, x):
         # Departure: bilinear, as the authors' code has it; CLIP's own resize is bicubic.
@@ -663,15 +659,12 @@ class SmallClip(nn.Module):
         rows = []
         for text in texts:
             words = text.lower().split()
-            unknown = [word for word in words if word not in WORDS]
-            if unknown or not 1 <= len(words) <= LONGEST_CAPTION:
+            if not (words and set(words) <= set(WORDS) and len(words) <= LONGEST_CAPTION):
                 vocabulary = ", ".join((*COUNTS, *COLORS, *SHAPES))
-                raise UserError(
-                    f"the caption {text!r} is not of this world"
-                    + (f" (unknown: {', '.join(unknown)})" if unknown else "")
-                    + f': write one like "three red stars on a blue background", with {vocabulary}')
-            padding = [0] * (LONGEST_CAPTION - len(words))
-            rows.append([WORDS.index(word) for word in words] + padding)
+                raise UserError(f"the caption {text!r} is not of this world: write one like "
+                                f'"three red stars on a blue background", with {vocabulary}')
+            padded = words + [""] * (LONGEST_CAPTION - len(words))
+            rows.append([WORDS.index(word) for word in padded])
         return self.text(self.embed(torch.tensor(rows, device=self.scale.device)))
 
     def text_condition(self, texts):
@@ -755,10 +748,8 @@ class KMeans(nn.Module):
         with warnings.catch_warnings():               # of clusters that stay empty, which are never drawn
             warnings.simplefilter("ignore")
             centers, _ = kmeans2(y[sample], clusters, iter=100, minit="++", rng=rng)
-        counts = np.zeros(clusters, np.int64)
-        for start in range(0, len(y), 8192):
-            nearest, _ = vq(y[start:start + 8192], centers)
-            counts += np.bincount(nearest, minlength=clusters)
+        parts = np.array_split(y, len(y) // 8192 + 1)  # a distance to each center is much for a million rows
+        counts = sum(np.bincount(vq(part, centers)[0], minlength=clusters) for part in parts)
         return cls(torch.from_numpy(centers), torch.from_numpy(counts))
 
     def transform(self, y):
@@ -780,7 +771,7 @@ class Reduced(nn.Module):
 
 
 def fit_reduction(y, rows, seed=0):
-    """y: "pca:D" or "kmeans:K"; rows (N, D'): embeddings of the training images -> PCA or KMeans. UserError."""
+    """y: "pca:D" or "kmeans:K"; rows (N, D'): the training images' embeddings -> PCA or KMeans. UserError."""
     kind, size = y.split(":")
     if int(size) > (rows.shape[1] if kind == "pca" else len(rows)):
         raise UserError(f"--y {y}: there are only {rows.shape[1]} dimensions and {len(rows)} images")
@@ -790,11 +781,10 @@ def fit_reduction(y, rows, seed=0):
 @torch.no_grad()
 def fit_pixels(images, dim=64, most=20_000):
     """The first components of a data set's pixels, scaled as a whole to rms 0.5 (fit to `most` images)."""
-    if len(images) < 2:
-        raise UserError("a data set of one image has no components: add images")
-    pixels, count = Pixels(images.resolution), min(len(images), most)
-    rows = np.linspace(0, len(images) - 1, count).astype(int)
-    seen = torch.cat([pixels(images.batch(rows[i:i + 500])) for i in range(0, count, 500)])
+    pixels = Pixels(images.resolution)
+    rows = np.linspace(0, len(images) - 1, min(len(images), most)).astype(int)
+    parts = np.array_split(rows, len(rows) // 500 + 1)
+    seen = torch.cat([pixels(images.batch(part)) for part in parts])
     pca = PCA.fit(seen, min(dim, pixels.dim))
     rms = pca.transform(seen).square().mean().sqrt()
     return PCA(pca.mean, pca.basis * 0.5 / rms.clip(min=1e-8))
@@ -815,13 +805,10 @@ def fingerprint(module):
 
 def pack_embedder(embedder):
     """What a checkpoint keeps of its embedder: name, dim, fingerprint, weights (not the public CLIP's)."""
-    def weights(module):
-        return {name: tensor.cpu() for name, tensor in module.state_dict().items()}
-
     packed = dict(name=embedder.name, dim=embedder.dim, fingerprint=fingerprint(embedder))
     if isinstance(embedder, Reduced):
-        return packed | dict(inner=pack_embedder(embedder.inner), reduction=weights(embedder.reduction))
-    return packed | dict(state={} if embedder.name == "clip" else weights(embedder))
+        return packed | dict(inner=pack_embedder(embedder.inner), reduction=embedder.reduction.state_dict())
+    return packed | dict(state={} if embedder.name == "clip" else embedder.state_dict())
 
 
 def trained_clip(checkpoint):
@@ -902,30 +889,27 @@ class Augment:
         self.p = p
 
     def random(self, batch, generator=None):
-        """All random numbers of a batch: (batch, 13) on the generator's device, 9 uniform and 4 normal ones.
+        """All random numbers of a batch: (batch, 13) on the CPU, 9 uniform and 4 normal ones.
 
         Row i belongs to image i alone: augment(images[a:b], numbers[a:b]) is augment(images, numbers)[a:b].
         """
-        device = generator.device if generator else "cpu"
-        uniform = torch.rand(batch, 9, generator=generator, device=device)
-        normal = torch.randn(batch, 4, generator=generator, device=device)
-        return torch.cat([uniform, normal], dim=1)
+        uniform = torch.rand(batch, 9, generator=generator)
+        return torch.cat([uniform, torch.randn(batch, 4, generator=generator)], dim=1)
 
     def __call__(self, images, numbers=None):
         # Planned on the CPU, which then knows without waiting for the device what needs resampling.
         if numbers is None:
             numbers = self.random(len(images))
-        uniform, normal = numbers.cpu().T.split([9, 4])
+        uniform, normal = numbers.T.split([9, 4])
         coin, flip, zoom, turn, angle, stretch, frame, direction, shift = uniform                  # (B,) each
-        n_zoom, n_stretch, n_x, n_y = normal
+        (n_zoom, n_stretch), moves = normal[:2], normal[2:]
         x_flip = (coin < 0.5).float()                                   # always active, whatever p is
         y_flip = (flip < self.p / 2).float()                            # a fair coin, with probability p
         n_zoom = n_zoom * (zoom < self.p)
         theta = (2 * angle - 1) * math.pi * (turn < self.p)
         n_stretch = n_stretch * (stretch < self.p)
         r = (2 * direction - 1) * math.pi * (frame < 0.5)               # half of the time along the axes
-        n_x = n_x * (shift < self.p)
-        n_y = n_y * (shift < self.p)
+        moves = moves * (shift < self.p)                                # (2, B): right and down
         labels = torch.stack([
             x_flip,
             y_flip,
@@ -934,27 +918,24 @@ class Augment:
             theta.sin(),
             n_stretch * r.cos(),
             n_stretch * r.sin(),
-            n_x,
-            n_y,
+            *moves,
         ], dim=1)                                                                                  # (B, 9)
 
         # Forward: flip, zoom, turn, stretch, shift. Resampling needs the inverse: output -> input position.
         squeeze = torch.stack([-n_stretch, n_stretch], dim=1).mul(0.2).exp2()
         inverse = rotation(theta) @ rotation(-r) @ squeeze.diag_embed() @ rotation(r)              # (B, 2, 2)
         inverse = inverse * n_zoom.mul(-0.2).exp2()[:, None, None]
-        offset = 0.125 * torch.stack([n_x, n_y], dim=1)                 # (B, 2) in units of width and height
+        offset = 0.125 * moves.T                                        # (B, 2) in units of width and height
         rows = labels[:, 2:].any(1).nonzero().flatten()                 # (R,), those that are resampled
 
-        device = images.device
-        for bit, dim in ((x_flip, 3), (y_flip, 2)):
-            flipped = send(bit, device)[:, None, None, None] > 0
+        planned = (labels, rows, inverse[rows], offset[rows])
+        labels, rows, inverse, offset = (send(part, images.device) for part in planned)
+        for column, dim in ((0, 3), (1, 2)):
+            flipped = per_example(labels[:, column], images) > 0
             images = torch.where(flipped, images.flip(dim), images)
         if len(rows):
-            there = send(rows, device)
-            inverse = send(inverse[rows], device)
-            offset = send(offset[rows], device)
-            images = images.index_copy(0, there, resample(images[there], inverse, offset))
-        return images, send(labels, device)
+            images = images.index_copy(0, rows, resample(images[rows], inverse, offset))
+        return images, labels
 
 
 def rotation(angle):
@@ -977,8 +958,9 @@ def resample(images, inverse, offset):
         x = at_x - (width - 1) / 2 - offset[:, 0, None, None] * width                     # (R, 1, 2W + 10)
         y = at_y[:, None] - (height - 1) / 2 - offset[:, 1, None, None] * height          # (R, 2H + 10, 1)
         grid = []
-        for (a, b), at, size in ((inverse[:, 0].T, at_x, width), (inverse[:, 1].T, at_y, height)):
-            position = a[:, None, None] * x + b[:, None, None] * y + (size - 1) / 2
+        for row, at, size in ((0, at_x, width), (1, at_y, height)):
+            a, b = inverse[:, row, :, None, None].unbind(1)             # (R, 1, 1) each
+            position = a * x + b * y + (size - 1) / 2
             position = size - 1 - (position % (2 * size - 2) - (size - 1)).abs()          # reflect
             grid.append((position - at[0]) * (2 / (at[-1] - at[0])) - 1)
         fine = F.grid_sample(fine, torch.stack(grid, dim=-1), align_corners=True)
@@ -994,18 +976,18 @@ def filters(size, device):
     after the other they are the identity.
     """
     assert size > 1
-    fine = np.arange(-5, 2 * size + 5)
-    row = np.arange(len(fine))
-    up, down = np.zeros((len(fine), size)), np.zeros((size, len(fine)))
-    for tap, weight in enumerate(SYM6):
-        coarse, odd = np.divmod(fine + 5 - tap, 2)
-        reflected = size - 1 - np.abs(coarse % (2 * size - 2) - (size - 1))
-        even = odd == 0
-        up[row[even], reflected[even]] += 2 * weight
-        inside = even & (0 <= coarse) & (coarse < size)
-        down[coarse[inside], row[inside]] += weight
-    at = (fine + 5 - SYM6 @ np.arange(12)) / 2                      # the filter's delay is its center of mass
-    return tuple(torch.from_numpy(matrix).float().to(device) for matrix in (up, down, at))
+    sym6 = torch.from_numpy(SYM6)[None, None]
+
+    def doubled(signals):
+        """(size, n) -> (size, 2 n + 10), each signal with zeros between its samples, filtered."""
+        return F.conv_transpose1d(torch.from_numpy(signals)[:, None], sym6, stride=2)[:, 0]
+
+    impulses = np.eye(size)
+    up = 2 * doubled(np.pad(impulses, ((0, 0), (5, 5)), "reflect"))[:, 10:-10].T
+    down = doubled(impulses)
+    # The filter's delay is its center of mass.
+    at = (torch.arange(2 * size + 10, dtype=torch.float64) - SYM6 @ np.arange(12)) / 2
+    return tuple(matrix.float().to(device) for matrix in (up, down, at))
 
 
 # ============================================================================================================
@@ -1031,7 +1013,7 @@ def uniform(seed, index, slots):
 
 
 def hsv_to_rgb(hue, saturation, value):
-    """Hue in degrees, saturation and value in [0, 1], each (...) -> (..., 3) in [0, 1]."""
+    """Hue in degrees, saturation and value in [0, 1], which broadcast to (...) -> (..., 3) in [0, 1]."""
     k = (torch.tensor([5.0, 3.0, 1.0]) + hue[..., None] / 60) % 6
     return value[..., None] * (1 - saturation[..., None] * torch.minimum(k, 4 - k).clip(0, 1))
 
@@ -1081,8 +1063,8 @@ def shapes_images(index, resolution, seed=0):
     y, x = torch.meshgrid(axis, axis, indexing="ij")                                      # (H, W)
     tilt = 2 * math.pi * u[:, 0]
     light = 0.42 + 0.1 * u[:, 1] + 0.14 * (x * tilt.cos() + y * tilt.sin())               # (N, H, W)
-    hue = hues[shown["background"]][:, None, None].expand_as(light)
-    image = hsv_to_rgb(hue, (0.5 + 0.15 * u[:, 2]).expand_as(light), light)               # (N, H, W, 3)
+    hue = hues[shown["background"]][:, None, None]
+    image = hsv_to_rgb(hue, 0.5 + 0.15 * u[:, 2], light)                                  # (N, H, W, 3)
 
     # To be countable, objects sit in different quadrants, in a random cyclic or anti-cyclic order.
     start = (u[:, 3] * 4).long()
@@ -1122,7 +1104,7 @@ def shapes_captions(index, seed=0):
 # ============================================================================================================
 def send(array, device):
     """An array or CPU tensor -> tensor on the device; to a GPU without waiting for what it is doing."""
-    tensor = torch.as_tensor(array)
+    tensor = torch.from_numpy(np.require(array, requirements="W"))        # a copy of what is only mapped
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -1153,7 +1135,7 @@ class Images:
     pixels: "np.ndarray | Rows"
     fingerprint: str
     labels: np.ndarray | None = None
-    classes: list = field(default_factory=list)
+    classes: list | tuple = ()
     latents: "np.ndarray | Rows | None" = None
 
     def __len__(self):
@@ -1177,15 +1159,11 @@ class Images:
     def subset(self, rows):
         """The images of these rows (M,), still unread."""
         def some(array):
-            return Rows(lambda numbers: array[rows[numbers]], len(rows), array.shape[1:])
+            return array if array is None else Rows(lambda i: array[rows[i]], len(rows), array.shape[1:])
 
-        digest = hashlib.sha256(self.fingerprint.encode() + rows.tobytes())
-        images = Images(self.name, some(self.pixels), digest.hexdigest()[:12], classes=self.classes)
-        if self.labels is not None:
-            images.labels = self.labels[rows]
-        if self.latents is not None:
-            images.latents = some(self.latents)
-        return images
+        labels = None if self.labels is None else self.labels[rows]
+        digest = hashlib.sha256(self.fingerprint.encode() + rows.tobytes()).hexdigest()[:12]
+        return Images(self.name, some(self.pixels), digest, labels, self.classes, some(self.latents))
 
 
 def made_once(path, total, row, make, what, batch=256):
@@ -1199,7 +1177,7 @@ def made_once(path, total, row, make, what, batch=256):
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock")):
         if not path.exists() or path.stat().st_size != size:
-            with open(part, "ab") as file:
+            with writing(part), open(part, "ab") as file:
                 # Whole batches, as they are made as one.
                 done = file.tell() // (row.itemsize * batch) * batch
                 file.truncate(done * row.itemsize)
@@ -1242,8 +1220,13 @@ class ImageFiles:
             raise UserError(f"{source} holds no images ({' '.join(SUFFIXES)}, at any depth): give another "
                             f"path")
         self.names = [file[0] for file in self.files]
-        root = posixpath.commonpath({posixpath.dirname(name) for name in self.names})
-        self.labels, self.classes = folder_labels([name[len(root):].lstrip("/") for name in self.names])
+        self.labels, self.classes = None, []
+        folders = [posixpath.dirname(name) for name in self.names]
+        root = posixpath.commonpath(set(folders))
+        kinds = [folder[len(root):].lstrip("/").split("/")[0] for folder in folders]
+        if all(kinds):
+            classes, self.labels = np.unique(kinds, return_inverse=True)
+            self.classes = classes.tolist()
         tables = [file for file in files if posixpath.basename(file[0]) == "dataset.json"]
         if tables:                                    # the one nearest to the top
             self.labels, self.classes = self.json_labels(min(tables, key=lambda file: file[0].count("/")))
@@ -1258,33 +1241,27 @@ class ImageFiles:
     def json_labels(self, file):
         """(labels (N,), class names) of EDM's {"labels": [[name, int], ...]}; (None, []) if that is null."""
         folder = posixpath.dirname(file[0])
-        names = [name.removeprefix(folder).lstrip("/") for name in self.names]
-        path = self.source / file[0]
-        with reading(path, 'it should be {"labels": [[name, number], ...]} or {"labels": null}: repair or '
-                     'remove it', folder=True):
+        with reading(self.source / file[0], 'it should be {"labels": [[name, number], ...]} with every image '
+                     'or {"labels": null}: repair or remove it'):
             pairs = json.loads(content(file))["labels"]
             if pairs is None:
                 return None, []
             numbers = {name.replace("\\", "/"): label for name, label in pairs}
-            if not all(type(label) is int and 0 <= label < MOST_CLASSES for label in numbers.values()):
+            labels = [numbers[name.removeprefix(folder).lstrip("/")] for name in self.names]
+            if not all(type(label) is int and 0 <= label < MOST_CLASSES for label in labels):
                 raise ValueError
-        missing = [name for name in names if name not in numbers]
-        if missing:
-            raise UserError(f"{path} lacks the labels of {len(missing)} images, the first of them "
-                            f"{missing[0]}: add them, or remove the file to go without labels")
-        labels = np.array([numbers[name] for name in names], np.int64)
-        return labels, [str(i) for i in range(labels.max() + 1)]
+            return np.array(labels), [str(i) for i in range(max(labels) + 1)]
 
     def load(self, rows, resolution):
-        """Rows (B,) -> (B,) of `loaded_row`: good or not, and the pixels, black where they are not."""
-        loaded = np.zeros(len(rows), loaded_row(resolution))
+        """Rows (B,) -> (B,) of `pixels_row`: good or not, and the pixels, black where they are not."""
+        loaded = np.zeros(len(rows), pixels_row(resolution))
 
         def load_one(i):
             with contextlib.suppress(Exception):      # on bad bytes Pillow's readers raise anything
                 loaded["pixels"][i] = read_square(content(self.files[rows[i]]), resolution)
                 loaded["good"][i] = True
 
-        with warnings.catch_warnings(), ThreadPoolExecutor(cores()) as pool:
+        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
             warnings.simplefilter("ignore")           # Pillow on odd EXIF, palettes and large sizes
             list(pool.map(load_one, range(len(rows))))                    # decoding needs no interpreter
         return loaded
@@ -1304,26 +1281,26 @@ class ImageFiles:
             try:
                 read_square(content(self.files[row]), resolution)
             except Exception as error:
-                text = str(error).split("\n")[0][:100] or type(error).__name__
-                text = "not a readable image" if "BytesIO" in text else text
-                faults.append(f"{self.names[row]} ({text})")
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        return (f"{len(bad)} of {len(self)} images cannot be used: {', '.join(faults)}{more}: repair or "
+                fault = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)[:100]
+                faults.append(f"{self.names[row]} ({fault})")
+        return (f"{len(bad)} of {len(self)} images cannot be used, among them {', '.join(faults)}: repair or "
                 f"remove them, or go on without them (--skip-bad); what is done is kept")
 
 
 def list_files(source):
-    """(name, size, stamp, path) of each file of a folder or zip; links are followed, but not in circles."""
+    """(name, size, stamp, path) of each file of a folder or zip; links are followed, but no folder twice."""
     if not source.is_dir():
         archive = zipfile.ZipFile(source)             # its paths keep it open
-        top = zipfile.Path(archive)
         for entry in archive.infolist():
-            yield entry.filename, entry.file_size, entry.CRC, top / entry.filename
+            yield entry.filename, entry.file_size, entry.CRC, zipfile.Path(archive, entry.filename)
         return
     seen = set()
     for folder, inner, names in os.walk(source, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        inner[:] = [name for name in inner if os.path.realpath(os.path.join(folder, name)) not in seen]
+        real = os.path.realpath(folder)
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
         for name in names:
             path = Path(folder, name)
             info = path.stat() if path.exists() else path.lstat()
@@ -1331,7 +1308,7 @@ def list_files(source):
 
 
 def content(file):
-    """The bytes of a listed file, in a zip without unpacking to disk. Raises what the system and zipfile do."""
+    """The bytes of a listed file, of a zip without unpacking it. Raises what the system and zipfile do."""
     name, size, stamp, path = file
     if size > LARGEST_FILE or not path.is_file():     # a pipe or a device would be read for ever
         raise ValueError("not a regular file of at most 256 MB")
@@ -1344,15 +1321,8 @@ def is_image(name):
     return name.lower().endswith(SUFFIXES) and not hidden
 
 
-def folder_labels(names):
-    """(labels (N,), classes): the first folder of each name; (None, []) if one lies in none."""
-    if not all("/" in name for name in names):
-        return None, []
-    classes, labels = np.unique([name.split("/")[0] for name in names], return_inverse=True)
-    return labels.astype(np.int64), classes.tolist()
-
-
-def loaded_row(resolution):
+def pixels_row(resolution):
+    """What the cache keeps of an image."""
     return np.dtype([("good", np.bool_), ("pixels", np.uint8, (resolution, resolution, 3))])
 
 
@@ -1370,8 +1340,7 @@ def read_square(file, resolution):
         raise ValueError(f"only {image.width}x{image.height} pixels")
     left = (image.width - side) // 2
     top = (image.height - side) // 2
-    if image.width != image.height:
-        image = image.crop((left, top, left + side, top + side))
+    image = image.crop((left, top, left + side, top + side))
     if image.mode.startswith("I"):                   # Pillow's convert would clip 16 bits to 255
         gray = np.asarray(image).astype(np.int64)
         if gray.min() < 0 or gray.max() > 65535:
@@ -1382,11 +1351,7 @@ def read_square(file, resolution):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    if side != resolution:
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+    return np.asarray(image.convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS))
 
 
 def prepare_images(source, resolution, cache, skip_bad=False, autoencoder=None):
@@ -1396,10 +1361,9 @@ def prepare_images(source, resolution, cache, skip_bad=False, autoencoder=None):
     What was prepared is used again only if the `key` of the files and the settings are the same, otherwise it
     is prepared anew beside the old. Bad images are named at the end, by a UserError unless `skip_bad`.
     """
-    files, name = ImageFiles(source), f"pixels-{resolution}"
-    row, what = loaded_row(resolution), "pixels"
+    files, name, row = ImageFiles(source), f"pixels-{resolution}", pixels_row(resolution)
     if autoencoder is not None:
-        name, what = f"latents-{resolution}-{fingerprint(autoencoder)}", "latents"
+        name = f"latents-{resolution}-{fingerprint(autoencoder)}"
         row = autoencoder.row(resolution)
 
     def make(start, stop):
@@ -1408,39 +1372,37 @@ def prepare_images(source, resolution, cache, skip_bad=False, autoencoder=None):
             return loaded
         encoded = np.zeros(len(loaded), row)
         encoded["good"] = loaded["good"]
-        x = to_float(torch.from_numpy(loaded["pixels"].copy())).permute(0, 3, 1, 2)
-        encoded["latents"] = autoencoder.encode(x.to(next(autoencoder.parameters()).device)).cpu()
+        x = to_float(send(loaded["pixels"], autoencoder.mean.device)).permute(0, 3, 1, 2)
+        encoded["latents"] = autoencoder.encode(x).cpu()
         return encoded
 
     batch = min(max(2**25 // (3 * resolution**2), 16), 512)               # about 32 MB of pixels
     path = Path(cache) / f"{name}-{files.key[:16]}.rows"
     rows = made_once(path, len(files), row, make, "preparing", batch)
-    summary = path.with_suffix(".json")               # what only a look at all rows can tell
+    summary = path.with_suffix(".pt")                 # what only a look at all rows can tell
     if not summary.exists():
-        digest = hashlib.sha256(rows.view(np.uint8)).hexdigest()
-        with written(summary) as file:
-            file.write(json.dumps(dict(sha256=digest, bad=np.flatnonzero(~rows["good"]).tolist())).encode())
-    with reading(summary, "remove it"):
-        known = json.loads(summary.read_text())
-        bad, digest = known["bad"], hashlib.sha256(known["sha256"].encode())
+        bad = np.flatnonzero(~rows["good"]).tolist()
+        save_checkpoint(summary, bad=bad, sha256=hashlib.sha256(rows.view(np.uint8)).hexdigest())
+    known = load_checkpoint(summary)
+    bad, digest = known["bad"], hashlib.sha256(known["sha256"].encode())
     if bad and (not skip_bad or len(bad) == len(files)):
         raise UserError(files.describe(bad, resolution))
     if files.labels is not None:
         digest.update(files.labels.tobytes())
-    images = Images(str(source), rows[what], digest.hexdigest()[:12], files.labels, files.classes)
-    if autoencoder is not None:
-        read_now = functools.partial(files.pixels, resolution=resolution)
-        images.latents = rows[what]
-        images.pixels = Rows(read_now, len(files), (resolution, resolution, 3))
+    images = Images(str(source), None, digest.hexdigest()[:12], files.labels, files.classes)
+    if autoencoder is None:
+        images.pixels = rows["pixels"]
+    else:
+        shape = resolution, resolution, 3
+        images.pixels = Rows(lambda i: files.pixels(i, resolution), len(files), shape)
+        images.latents = rows["latents"]
     return images.subset(np.setdiff1d(np.arange(len(files)), bad)) if bad else images
 
 
 def shapes_world(index, resolution, seed=0):
     """Images (N,) of the embedded world; the class is the shape."""
-    pixels = np.empty((len(index), resolution, resolution, 3), np.uint8)
-    quick = len(index) * resolution**2 < 1e7
-    for start in tqdm(range(0, len(index), 500), "drawing shapes", unit="00 images", unit_scale=5, disable=quick):
-        pixels[start:start + 500] = shapes_images(index[start:start + 500], resolution, seed).numpy()
+    parts = tqdm(index.split(500), "drawing shapes", disable=len(index) * resolution**2 < 1e7)
+    pixels = torch.cat([shapes_images(part, resolution, seed) for part in parts]).numpy()
     labels = shapes_attributes(index, seed)["shape"].numpy()
     return Images("shapes", pixels, hashlib.sha256(pixels).hexdigest()[:12], labels, list(SHAPES))
 
@@ -1498,24 +1460,20 @@ class Autoencoder(nn.Module):
 
     def __init__(self, weights="stabilityai/sd-vae-ft-mse"):
         super().__init__()
-        if importlib.util.find_spec("diffusers") is None:                 # optional
-            raise UserError("latents need the package diffusers, which is not there: pip install diffusers")
-        with loading(f"the autoencoder '{weights}'", "connect once so that diffusers can download it, or give "
-                     "a folder with config.json and diffusion_pytorch_model.safetensors of "
-                     "stabilityai/sd-vae-ft-mse"):
-            from diffusers import AutoencoderKL       # seconds to import
+        with loading(f"the autoencoder '{weights}'", "pip install diffusers, and connect once so that it can "
+                     "download Stable Diffusion's, or give a folder with config.json and "
+                     "diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse"):
+            from diffusers import AutoencoderKL       # optional, and seconds to import
             self.model, report = AutoencoderKL.from_pretrained(
                 weights, output_loading_info=True, low_cpu_mem_usage=False)
-            if report["missing_keys"]:                # which diffusers would leave random
+            self.channels = self.model.config.latent_channels
+            # Missing weights diffusers would leave random; other channels are of unknown scale.
+            if report["missing_keys"] or self.channels != len(LATENT_MEAN):
                 raise ValueError
-        self.channels = self.model.config.latent_channels
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
-        if self.channels != len(LATENT_MEAN):
-            raise UserError(f"the autoencoder '{weights}' has {self.channels} latent channels of unknown "
-                            f"scale: give one with Stable Diffusion's 4, such as stabilityai/sd-vae-ft-mse")
         self.model.float().eval().requires_grad_(False)
-        self.register_buffer("mean", torch.tensor(LATENT_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(LATENT_STD)[:, None, None], persistent=False)
+        for name, values in dict(mean=LATENT_MEAN, std=LATENT_STD).items():
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def row(self, resolution):
         """What a cache keeps of an image: good or not, and its moments. Raises UserError."""
@@ -1528,12 +1486,10 @@ class Autoencoder(nn.Module):
     def encode(self, x, chunk=8):
         """(B, 3, R, R) in [-1, 1] -> moments (B, 2C, R/f, R/f): means, then standard deviations, unscaled."""
         # The network sees [0, 1], as in the code of EDM's successor: the constants above are of such latents.
-        moments = []
+        parts = ((x.float() + 1) / 2).split(chunk)
         with torch.autocast(x.device.type, enabled=False):
-            for part in ((x.float() + 1) / 2).split(chunk):
-                posterior = self.model.encode(part).latent_dist
-                moments.append(torch.cat([posterior.mean, posterior.std], dim=1))
-        return torch.cat(moments)
+            posteriors = [self.model.encode(part).latent_dist for part in parts]
+        return torch.cat([torch.cat([p.mean, p.std], dim=1) for p in posteriors])
 
     def sample(self, moments, noise):
         """Moments (B, 2C, r, r), unit Gaussian noise (B, C, r, r) -> a latent, as the image model learns it.
@@ -1573,7 +1529,8 @@ def run(main):
     except BrokenPipeError:                           # as in `python evaluate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        message = f"{error.filename or 'a file'}: {error.strerror or error}: mend its path or rights, or free space"
+        message = (f"{error.filename or 'a file'}: {error.strerror or error}: mend its path or rights, or "
+                   f"free space")
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             sys.stderr = stderr                       # of a silenced process, too, it must be seen
@@ -1592,7 +1549,8 @@ def run(main):
 def reading(path, remedy, folder=False):
     """Whatever goes wrong in reading and interpreting one file becomes a sentence that names it."""
     try:
-        if not folder and Path(path).exists() and not Path(path).is_file():
+        right = Path(path).is_file() or (folder and Path(path).is_dir())
+        if Path(path).exists() and not right:         # a pipe or a device would be read for ever
             raise UserError(f"{path} is not a file: {remedy}")
         yield
     except (UserError, MemoryError):
@@ -1621,40 +1579,36 @@ def loading(what, remedy):
         logging.disable(logging.NOTSET)
 
 
-class Recording(io.FileIO):
-    """A file that keeps the system's word on why a write failed: torch replaces it by one of its own."""
-    failure = None
-
-    def write(self, content):
-        try:
-            return super().write(content)
-        except OSError as error:
-            self.failure = error
+@contextlib.contextmanager
+def writing(path):
+    """What the system says of a failed write becomes a sentence that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        while error.__context__ and not isinstance(error, OSError):
+            error = error.__context__                 # torch replaces the system's word by its own
+        if not isinstance(error, OSError):
             raise
+        raise UserError(f"{path} cannot be written ({error.strerror}): free some space or choose another "
+                        f"place; what was there before is untouched") from None
 
 
 @contextlib.contextmanager
 def written(path):
     """Gives a binary file to write to, which then becomes `path`: whole or not at all, whatever happens."""
-    path, raw = Path(path), None
+    path = Path(path)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        raw = Recording(fresh, "w")
-        with io.BufferedWriter(raw) as file:
-            yield file
-            file.flush()
-            os.fsync(raw.fileno())
-        os.replace(fresh, path)
-    except (OSError, RuntimeError) as error:
-        failure = (raw and raw.failure) or error
-        if not isinstance(failure, OSError):
-            raise
-        raise UserError(f"{path} cannot be written ({failure.strerror}): free some space or choose another "
-                        f"place; what was there before is untouched") from None
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(fresh, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, path)
     finally:
         with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
+            fresh.unlink()
 
 
 def clear_unfinished(folder):
@@ -1667,18 +1621,13 @@ def clear_unfinished(folder):
 def locked(path, busy=""):
     """Holds a lock that ends with the process. Another's is waited for, or a UserError that says `busy`."""
     with open(path, "w") as file:
-        with contextlib.suppress(ImportError):       # Windows has no fcntl
+        with contextlib.suppress(ImportError):        # Windows has no fcntl
             import fcntl
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
             except BlockingIOError:
                 raise UserError(busy) from None
         yield
-
-
-def cores():
-    """The number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pick_device(name):
@@ -1768,30 +1717,27 @@ def load_checkpoint(path, **expected):
     """
     if not Path(path).exists():
         raise UserError(f"{path} does not exist: train it first (python train.py --help)")
-    with reading(path, "give another file, or move it away and train again"):
+    with reading(path, "it should be a checkpoint that this version of train.py wrote; give another file, or "
+                 "move it away and train again"):
         with zipfile.ZipFile(path) as archive:        # torch.load does not look at the checksums
-            if archive.testzip():
-                raise ValueError
+            assert not archive.testzip()
         content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this version: give one that train.py wrote")
+        assert content["format"] == FORMAT
+        if content.get("stage") in (*STAGES, "joint"):
+            assert all(isinstance(content[name], kind) for name, kind in TRAINED.items())
+        if not all_finite(content):
+            raise UserError(f"{path} holds weights that are not finite: give an earlier snapshot, or train "
+                            f"again")
     for key, value in expected.items():
         if content.get(key) != value:
             raise UserError(f"{path} is a checkpoint of {key} '{content.get(key)}', not '{value}': "
                             f"give another file")
-    for name, kind in TRAINED.items() if content.get("stage") in (*STAGES, "joint") else ():
-        if not isinstance(content.get(name), kind):
-            raise UserError(f"{path} has no proper entry '{name}': give another file, or train again")
-    if not all_finite(content):
-        raise UserError(f"{path} holds weights that are not finite: give an earlier snapshot, or train again")
     return content
 
 
-def all_finite(value):
+def all_finite(nested):
     """Whether all tensors in nested dicts and lists are free of NaN and infinity."""
-    if isinstance(value, (dict, list, tuple)):
-        return all(map(all_finite, value.values() if isinstance(value, dict) else value))
-    return not torch.is_tensor(value) or bool(value.isfinite().all())
+    return all(bool(leaf.isfinite().all()) for leaf in tree_leaves(nested) if torch.is_tensor(leaf))
 
 
 NETWORKS = dict(prior=PriorTransformer, unet=UNet)
@@ -1807,10 +1753,7 @@ def load_denoiser(checkpoint, device="cpu"):
     """The trained denoiser of a checkpoint: its averaged weights, in eval mode."""
     denoiser = build_denoiser(checkpoint["model"])
     denoiser.load_state_dict(checkpoint["ema"])
-    denoiser = denoiser.to(device).eval().requires_grad_(False)
-    if checkpoint["model"]["net"] == "unet":
-        denoiser.to(memory_format=torch.channels_last)
-    return denoiser
+    return denoiser.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def check_y(y):
@@ -1843,19 +1786,21 @@ def run_name(stage, y="clip", a="none", tag=""):
 
 def image_grid(pixels, columns):
     """(N, H, W, 3) uint8 -> one picture (rows·(H+1)+1, columns·(W+1)+1, 3) on white, one pixel apart."""
-    from torchvision.utils import make_grid           # seconds to import
-    images = F.pad(torch.from_numpy(pixels).permute(0, 3, 1, 2), (0, 1, 0, 1), value=255)
-    grid = make_grid(images, columns, padding=0, pad_value=255)                           # (3, h, w)
-    return F.pad(grid, (1, 0, 1, 0), value=255).permute(1, 2, 0).numpy()
+    N, H, W, _ = pixels.shape
+    rows = -(-N // columns)
+    sheet = np.full((rows * (H + 1) + 1, columns * (W + 1) + 1, 3), 255, np.uint8)
+    for i, image in enumerate(pixels):
+        y, x = i // columns * (H + 1) + 1, i % columns * (W + 1) + 1
+        sheet[y:y + H, x:x + W] = image
+    return sheet
 
 
 def save_picture(path, pixels, least=0):
     """(H, W, 3) uint8 -> a PNG, whole or not at all; magnified by a whole factor to `least` pixels' width."""
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    picture = Image.fromarray(pixels)
     factor = max(1, -(-least // picture.width))
-    size = picture.width * factor, picture.height * factor
     with written(path) as file:
-        picture.resize(size, Image.Resampling.NEAREST).save(file, "PNG")
+        ImageOps.scale(picture, factor, Image.Resampling.NEAREST).save(file, "PNG")
 
 
 # ============================================================================================================
@@ -1867,15 +1812,10 @@ MOST_MODULES = 10_000                                 # of EDM's largest network
 
 class Inert(dict):
     """Whatever a pickle names: it keeps what it was made of and given, and does nothing."""
-    args, state = (), None
-
-    def __new__(cls, *args):
-        made = super().__new__(cls)
-        made.args = args
-        return made
+    args, state = (), None                            # of one that is made without __init__
 
     def __init__(self, *args):
-        super().__init__()
+        self.args = args
 
     def __setstate__(self, state):
         self.state = state
@@ -1884,8 +1824,11 @@ class Inert(dict):
 class InertUnpickler(pickle._Unpickler):
     """Reads any pickle and runs none of it, since each name it asks for is answered by an `Inert` class.
 
-    (Python's own reader in Python: that in C can be made to take gigabytes by a large memo index.)
+    (Python's own reader in Python: that in C can be made to take gigabytes by a large memo index. A bytearray
+    would be made at its full length before it is read; the files have none.)
     """
+    dispatch = pickle._Unpickler.dispatch.copy()
+    del dispatch[pickle.BYTEARRAY8[0]]
 
     def find_class(self, module, name):
         return type(name, (Inert,), {})
@@ -1908,26 +1851,22 @@ def read_edm_pickle(path):
     EDM's persistent objects reduce to one dict with their class_name and `state`, beside the source code of
     their class, which is left unread; other modules come with their state. Raises UserError.
     """
-    tensors, count = {}, 0
-
     def fields(box):
         return box.args[0]["state"] if box.args else box.state
 
-    def collect(box, prefix):
-        nonlocal count
-        count += 1
-        assert count < MOST_MODULES                   # shared modules could be billions
-        inner = fields(box)
-        for name, tensor in (inner["_parameters"] | inner["_buffers"]).items():
-            if tensor is not None:
-                tensors[prefix + name] = inert_tensor(tensor)
-        for name, module in inner["_modules"].items():
-            if module is not None:
-                collect(module, f"{prefix}{name}.")
-
     with reading(path, EDM_FILES), open(path, "rb") as file:
         network = InertUnpickler(file).load()["ema"]
-        collect(network, "")
+        tensors, modules, left = {}, [("", network)], file.tell()
+        for prefix, module in modules:                # which grows on the way
+            inner = fields(module)
+            for name, tensor in (inner["_parameters"] | inner["_buffers"]).items():
+                if tensor is not None:
+                    tensors[prefix + name] = inert_tensor(tensor)
+                    left -= tensors[prefix + name].nbytes
+                    assert left > 0                   # a tensor of many names could be terabytes
+            modules += [(f"{prefix}{name}.", module) for name, module in inner["_modules"].items()
+                        if module is not None]
+            assert len(modules) < MOST_MODULES        # shared modules could be billions
         return tensors, network.args[0]["class_name"], fields(network)
 
 
@@ -1981,7 +1920,7 @@ def edm_settings(state):
         mults=tuple(level[0] // width for level in levels.values()), blocks=len(levels[resolution]),
         attention=tuple(r for r in levels if f"enc.{r}x{r}_block0.qkv.weight" in shapes))
     with torch.device("meta"):                        # shapes without contents: instant at any size
-        UNet(**settings).load_state_dict({k: v.to("meta") for k, v in from_edm_names(state).items()})
+        UNet(**settings).load_state_dict(from_edm_names(state), assign=True)
     return settings
 
 

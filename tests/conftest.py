@@ -1,12 +1,17 @@
 """What several test files use: the scripts, called as a user calls them, and a folder of tiny runs."""
+import argparse
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import sample
 import twosdm
 
 ROOT = Path(twosdm.__file__).parent
@@ -28,16 +33,36 @@ def script(name, *args, cwd, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
+def start(module, *args, cwd, before=lambda: None, **environment):
+    """Starts a script in a fork of this process, which has loaded all it needs; it prints to cwd/output."""
+    def work():
+        os.chdir(cwd)
+        os.environ.update(environment)
+        sys.argv = [module.__name__ + ".py", *map(str, args)]
+        sys.stdout = sys.stderr = open("output", "a", buffering=1)
+        before()
+        twosdm.run(module.main)
+
+    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    process.start()
+    return process
+
+
+def execute(module, *args, cwd):
+    """Runs a script in this process -> its exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
+        twosdm.run(module.main)
+    return stopped.value.code
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """call(module, *args, cwd=folder) -> (code, out, err): a script, run in this process."""
     def called(module, *args, cwd):
         monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            twosdm.run(module.main)
-        out, err = capsys.readouterr()
-        return stopped.value.code, out, err
+        return execute(module, *args, cwd=cwd), *capsys.readouterr()
 
     return called
 
@@ -59,3 +84,35 @@ def trained(tmp_path_factory):
     assert code == 0, err
     assert "Next: python sample.py" in out
     return folder
+
+
+def close(a, b, tolerance=1e-5):
+    return abs(a - b).max() < tolerance
+
+
+def table(text):
+    """A table of command lines and of words that their refusal has -> [(flags, words)]."""
+    return [line.split(" -> ") for line in text.strip().split("\n")]
+
+
+def pipeline(runs, method="2sdm", *flags):
+    """A method with the networks of a folder of runs, as sample.py makes it."""
+    parser = argparse.ArgumentParser()
+    sample.add_sampling_flags(parser)
+    args = parser.parse_args(["--runs", str(runs), *map(str, flags)])
+    return sample.Pipeline(args, method, torch.device("cpu"))
+
+
+def picture(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def photographs(folder, count=12, classes=0):
+    """JPEGs and PNGs of gradients, in folders class0, class1, ... if there are classes."""
+    rng = np.random.RandomState(0)
+    for i in range(count):
+        place = folder / f"class{i % classes}" if classes else folder
+        place.mkdir(parents=True, exist_ok=True)
+        ramp = np.linspace(0, 255, 20)[:, None, None] * rng.rand(3) + np.zeros((20, 24, 3))
+        suffix = "png" if i % 2 else "jpg"
+        Image.fromarray(ramp.astype(np.uint8)).save(place / f"{i}.{suffix}")
