@@ -572,11 +572,12 @@ def npz_images(path, folder):
         file = archive.open("arr_0.npy")
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        size = archive.getinfo("arr_0.npy").file_size - file.tell()
     begin, row = file.tell(), math.prod(shape[1:])
-    square = len(shape) == 4 and shape[1] == shape[2] <= 2048 and shape[3] == 3
-    if dtype != np.uint8 or fortran or not square or not row or not shape[0]:
-        raise UserError(f"arr_0 in {path} is {dtype} of shape {shape}: it must be uint8 of shape (N, R, R, 3), "
-                        f"R at most 2048, not of several sizes nor in Fortran's order")
+    square = len(shape) == 4 and 0 < shape[1] == shape[2] <= 2048 and shape[3] == 3
+    if dtype != np.uint8 or fortran or not square or not 0 < math.prod(shape) == size:
+        raise UserError(f"arr_0 in {path} is {size} bytes, {dtype} of shape {shape}: it must be uint8 of shape "
+                        f"(N, R, R, 3), R at most 2048, not of several sizes nor in Fortran's order")
 
     def make(start, stop):
         with reading(path, "make or fetch it again"):
@@ -680,19 +681,20 @@ def read_statistics(path, network):
     UserError if an array is missing, of another network, not finite or not symmetric.
     """
     arrays = read_arrays(path, ["n", "mu", "sigma", "mu_s", "sigma_s", "pool", "weights"])
-    for metric, dims in zip(("fid", "sfid"), network.dims):
-        names = METRICS[metric]
-        if not arrays.keys() & set(names):
-            continue
-        for name, shape in zip(names, ((dims,), (dims, dims))):
-            x = arrays.get(name, "nothing")
-            if np.shape(x) != shape or x.dtype.kind != "f":
-                raise UserError(f"{path} lacks {name}, floats of shape {shape} (it holds {np.shape(x)}): it is "
-                                f"of another network than {network.label}, or give images as arr_0")
-        check_gaussian(*(arrays[name] for name in names), f"{' or '.join(names)} in {path}")
     pool = arrays.get("pool", np.zeros((0, network.dims[0])))
-    if pool.shape[1:] != network.dims[:1] or not np.isfinite(pool).all():
-        raise UserError(f"pool in {path} does not go with its mu: fetch or make it again")
+    with reading(path, f"give mu (D,), sigma (D, D) of {network.label}, finite and symmetric, or images as arr_0"):
+        for metric, dims in zip(("fid", "sfid"), network.dims):
+            names = METRICS[metric]
+            shapes = [arrays[name].shape for name in names if name in arrays]
+            if shapes not in ([], [(dims,), (dims, dims)]):
+                raise UserError(f"{' and '.join(names)} in {path} have the shapes {shapes}: one is lacking, or they "
+                                f"belong to another network than {network.label}, with {dims} dimensions")
+            if shapes:
+                check_gaussian(*(arrays[name] for name in names), f"{' or '.join(names)} in {path}")
+        if pool.shape[1:] != network.dims[:1] or not np.isfinite(pool).all():
+            raise UserError(f"pool in {path} has NaN values or does not go with its mu: fetch or make it again")
+        if "n" in arrays:
+            arrays["n"] = int(arrays["n"])
     if str(arrays.get("weights", network.sha256)) != network.sha256:
         raise UserError(f"{path} was made with the weights {arrays['weights']}, not {network.sha256}: use "
                         f"one file of weights for both sides")

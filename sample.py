@@ -216,7 +216,8 @@ class Pipeline:
             dataset=self.dataset, steps=self.sampler.steps, image_steps=self.image_sampler.steps,
             churn=self.sampler.s_churn, s_noise=args.s_noise, label=args.label, arithmetic=self.precision,
             y=self.config["y"], y_dim=self.y_dim, prompt=args.prompt,
-            guidance=args.guidance, temperature=args.temperature, train_seed=self.config["seed"],
+            guidance=args.guidance, temperature=args.temperature,
+            train_seed=self.seen and self.config["seed"],         # a published network does not tell it
             tags=[f"{stage} {run['config']['tag']}" for stage, run in runs if run["config"]["tag"]],
             vae=self.autoencoder and twosdm.fingerprint(self.autoencoder),
             fingerprints=self.run["fingerprints"], images_seen={stage: run["seen"] for stage, run in runs},

@@ -86,6 +86,15 @@ def trained(tmp_path_factory):
     return folder
 
 
+def same(a, b):
+    """Whether two nested dicts of tensors and numbers are equal to the bit."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
+
+
 def close(a, b, tolerance=1e-5):
     return abs(a - b).max() < tolerance
 

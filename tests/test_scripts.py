@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, photographs, refused, start, table
+from conftest import ROOT, TINY, photographs, refused, same, start, table
 
 import evaluate
 import sample
@@ -23,15 +23,6 @@ from twosdm import UserError
 
 def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def same(a, b):
-    """Whether two nested dicts of tensors and numbers are equal to the bit."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return a == b
 
 
 def same_training(one, two):
@@ -182,8 +173,8 @@ def test_two_processes_train_and_sample_what_one_does(trained, call, tmp_path):
          ROOT / "sample.py", *flags, "two"],
         cwd=tmp_path, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0 and done.stdout == "two/grid.png\n", done.stderr
-    assert call(sample, *flags, "one", cwd=tmp_path)[0] == 0
-    one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two"))
+    assert call(sample, *flags, "alone", cwd=tmp_path)[0] == 0
+    one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("alone", "two"))
     assert np.array_equal(one, two)
 
 
@@ -216,8 +207,8 @@ EDM = dict(lr_ramp=10**7, ema_ramp=0.05, steps=40, churn=50, sigma_data=0.5, p_m
            ema_half_life=500_000, images=25_000_000, resolution=64, a="none")
 DDPMPP = dict(EDM, arch="ddpm++", width=128, mults=[1, 2, 2, 2], blocks=4, attention=[16], batch=256, lr=2e-4,
               augment=0.15)
-ADM = dict(EDM, arch="adm", width=192, mults=[1, 2, 3, 4], blocks=3, attention=[32, 16, 8], batch=128, lr=1e-4,
-           augment=0, dropout=0.10)
+ADM = dict(EDM, arch="adm", width=192, mults=[1, 2, 3, 4], blocks=3, attention=[32, 16, 8], batch=128,
+           lr=1e-4, augment=0, dropout=0.10)
 PAPER = {                                             # settings; parameters of image model and of baseline
     "afhq": (dict(DDPMPP, dropout=0.25), 61_871_235, 61_805_571),
     "ffhq": (dict(DDPMPP, dropout=0.05), 61_871_235, 61_805_571),

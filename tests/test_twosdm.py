@@ -19,7 +19,7 @@ from twosdm import (Denoiser, PriorTransformer, SampleNoise, Sampler, UNet, User
 HERE = Path(__file__).parent
 
 
-def loud(net, std):
+def loud(net, std=0.1):
     """The net with random weights everywhere: one that is silent at first would hide what it does."""
     torch.manual_seed(0)
     for parameter in net.parameters():
@@ -40,7 +40,8 @@ class Half(nn.Module):
 @pytest.mark.parametrize("predict", ["edm", "data"])
 def test_the_loss_is_the_squared_error_of_the_estimate_over_c_out_squared(predict):
     torch.manual_seed(0)
-    denoiser, x = Denoiser(Half(), predict=predict), torch.randn(50, 7)
+    denoiser = Denoiser(Half(), predict=predict)
+    x = torch.randn(50, 7)
     loss = denoiser.loss(x)
     scaled, c_noise = denoiser.net.seen
     sigma = (4 * c_noise).exp()
@@ -55,7 +56,8 @@ def test_the_loss_is_the_squared_error_of_the_estimate_over_c_out_squared(predic
 def test_scaled_input_and_target_have_unit_variance():
     """EDM's derivation: Var[c_in (x + sigma n)] = 1, and (x - c_skip x_sigma) / c_out has variance 1."""
     torch.manual_seed(0)
-    x, n = 0.5 * torch.randn(400_000), torch.randn(400_000)
+    x = 0.5 * torch.randn(400_000)
+    n = torch.randn(400_000)
     for sigma in (0.02, 0.5, 30.0):
         c_skip, c_out, c_in, c_noise = Denoiser(Half()).scalings(torch.tensor([sigma]))
         noisy = x + sigma * n
@@ -103,7 +105,8 @@ def test_heun_solves_the_gaussian_ode_with_second_order():
     exact = 1 + (80 * noise - 1) * 0.5 / math.sqrt(0.25 + 6400)
     errors = []
     for steps in (64, 128, 256):
-        errors.append((heun_sample(gaussian, noise, sigma_schedule(steps)) - exact).abs().max())
+        x = heun_sample(gaussian, noise, sigma_schedule(steps))
+        errors.append((x - exact).abs().max())
     assert errors[2] < 1e-3
     assert 3 < errors[0] / errors[1] < 5
     assert 3 < errors[1] / errors[2] < 5
@@ -139,7 +142,7 @@ def test_noise_of_a_row_is_a_function_of_its_seed_alone():
 
 
 class Ideal(nn.Module):
-    """The best net of a finite data set for predict="data": a softmax average of the points that share cond."""
+    """The best net of a finite data set for predict="data": a softmax average of the points of its cond."""
 
     def __init__(self, points, conditions):
         super().__init__()
@@ -160,7 +163,8 @@ def test_two_stages_with_ideal_denoisers_sample_the_data_set_itself():
     """Eq. 3: of ten (a, y, x), two for each a, every sample is an x of its a, and all are drawn."""
     torch.manual_seed(0)
     classes = torch.eye(5).repeat(2, 1)
-    y, x = torch.randn(10, 4), torch.randn(10, 3, 2, 2)
+    y = torch.randn(10, 4)
+    x = torch.randn(10, 3, 2, 2)
     prior = Denoiser(Ideal(y, classes), predict="data")
     image = Denoiser(Ideal(x, torch.cat([y, classes], 1)), predict="data")
     rows = torch.arange(200) % 5
@@ -174,7 +178,7 @@ def test_two_stages_with_ideal_denoisers_sample_the_data_set_itself():
 def test_samples_do_not_depend_on_the_batch():
     prior = PriorTransformer(6, cond_dim=2, width=16, depth=1, heads=2)
     image = UNet(8, cond_dim=8, width=8, mults=(1, 2), blocks=1, attention=(4,))
-    pair = Denoiser(loud(prior, 0.1), predict="data"), Denoiser(loud(image, 0.1))
+    pair = Denoiser(loud(prior), predict="data"), Denoiser(loud(image))
     a = torch.eye(2)[[0, 1, 1]]
     whole = sample_two_stage(*pair, [7, 8, 9], a, Sampler(steps=4))
     alone = sample_two_stage(*pair, [8], a[1:2], Sampler(steps=4))
@@ -189,21 +193,27 @@ def test_samples_do_not_depend_on_the_batch():
 def edm_weights(arch):
     """EDM's state dict, each tensor drawn from its name alone (the recipe of the fixture)."""
     state = {}
-    for name, shape in json.loads((HERE / f"edm_tiny_{arch}_shapes.json").read_text()).items():
-        r = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    shapes = json.loads((HERE / f"edm_tiny_{arch}_shapes.json").read_text())
+    for name, shape in shapes.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        r = torch.randn(shape, generator=generator)
         if name.endswith("resample_filter"):
             r = torch.full(shape, 0.25)
         elif r.ndim > 1:
             r = r / math.sqrt(r[0].numel())
+        elif "norm" in name and name.endswith("weight"):
+            r = 1 + 0.1 * r
         else:
-            r = 1 + 0.1 * r if "norm" in name and name.endswith("weight") else 0.1 * r
+            r = 0.1 * r
         state[name] = r
     return state
 
 
 def edm_tiny(arch):
-    kind, width = ("ddpm++", 32) if arch == "ddpmpp" else ("adm", 64)
-    return UNet(16, 3, 5, 9, arch=kind, width=width, mults=(1, 2), blocks=1, attention=(8,)).eval()
+    sizes = dict(mults=(1, 2), blocks=1, attention=(8,))
+    if arch == "adm":
+        return UNet(16, 3, 5, 9, arch="adm", width=64, **sizes).eval()
+    return UNet(16, 3, 5, 9, arch="ddpm++", width=32, **sizes).eval()
 
 
 def rebuild(meta):
@@ -232,7 +242,8 @@ def write_edm_pickle(path, state):
 
 @pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
 def test_the_unet_computes_what_edms_does_with_edms_file(arch, tmp_path):
-    reference = {k: torch.from_numpy(v) for k, v in np.load(HERE / f"edm_tiny_{arch}.npz").items()}
+    arrays = np.load(HERE / f"edm_tiny_{arch}.npz")
+    reference = {name: torch.from_numpy(array) for name, array in arrays.items()}
     write_edm_pickle(tmp_path / "edm.pkl", edm_weights(arch))
     net = edm_tiny(arch)
     net.load_state_dict(twosdm.load_edm_pickle(tmp_path / "edm.pkl"))
@@ -342,7 +353,8 @@ def test_attributes_are_uniform_and_independent_and_backgrounds_differ_from_obje
 def test_images_show_their_attributes():
     """At 64 pixels: the share of bright pixels grows with the count; the objects' hue is the color's."""
     index = torch.arange(300)
-    shown, images = twosdm.shapes_attributes(index), twosdm.shapes_images(index, 64).double() / 255
+    shown = twosdm.shapes_attributes(index)
+    images = twosdm.shapes_images(index, 64).double() / 255
     bright = images.max(3).values > 0.8                                     # (N, H, W): the objects
     share = [bright[shown["count"] == count].double().mean() for count in range(4)]
     assert share == sorted(set(share))
