@@ -65,16 +65,12 @@ class RunningStats:
     def update(self, features):
         """Add the rows of features (N, D)."""
         x = torch.as_tensor(features).to(self.mean)                                       # (N, D)
-        centered = x - x.mean(0)
-        return self.merge(len(x), x.mean(0), centered.T @ centered)
-
-    def merge(self, n, mean, scatter):
-        """Add n rows of mean (D,) and scatter (D, D)."""
+        n, total = len(x), self.n + len(x)
         if n:
-            step = mean.to(self.mean) - self.mean
-            self.scatter += scatter.to(self.mean) + torch.outer(step, step * (self.n * n / (self.n + n)))
-            self.mean += step * (n / (self.n + n))
-            self.n += n
+            step, centered = x.mean(0) - self.mean, x - x.mean(0)
+            self.scatter += centered.T @ centered + torch.outer(step, step) * (self.n * n / total)
+            self.mean += step * (n / total)
+            self.n = total
         return self
 
     def result(self):
@@ -86,18 +82,19 @@ class RunningStats:
 
 def check_gaussian(mu, sigma, source="a mean or a covariance"):
     """UserError unless mu (D,) and sigma (D, D) are finite and sigma is symmetric, as a covariance is."""
-    finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
-    if not finite or not np.allclose(sigma, sigma.T, rtol=0, atol=1e-5 * np.abs(sigma).max()):
+    with np.errstate(invalid="ignore"):                       # inf - inf is NaN, which no comparison holds of
+        skew = np.abs(sigma - sigma.T).max()
+    if not (skew <= 1e-5 * np.abs(sigma).max() and np.isfinite(mu).all()):
         raise UserError(f"{source} has NaN or infinite values or is not symmetric: fetch or make it again")
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)): Heusel et al. 2017, Eq. 6.
 
-    (D,), (D, D), (D,), (D, D) -> float >= 0. With sigma1 = R R', sigma1 sigma2 has the eigenvalues of the
-    symmetric R' sigma2 R: real, and nonnegative up to rounding, also with fewer images than dimensions, where
-    a general matrix root turns complex or needs an epsilon that changes the value. Raises UserError if a
-    value is not finite or a covariance not symmetric.
+    Arrays (D,), (D, D), (D,), (D, D) -> float >= 0. With sigma1 = R R', sigma1 sigma2 has the eigenvalues of
+    the symmetric R' sigma2 R: real, and nonnegative up to rounding, also with fewer images than dimensions,
+    where a general matrix root turns complex or needs an epsilon that changes the value. Raises UserError if
+    a value is not finite or a covariance not symmetric.
     """
     mu1, mu2 = (np.atleast_1d(mu).astype(np.float64) for mu in (mu1, mu2))
     sigma1, sigma2 = (np.atleast_2d(sigma).astype(np.float64) for sigma in (sigma1, sigma2))
@@ -120,17 +117,17 @@ def inception_score(logits, splits=10, block=None, shuffle_seed=None):
     Raises UserError if there are fewer rows than splits.
     """
     logits = torch.as_tensor(logits)
-    n, least = len(logits), splits if block is None else 1
-    if n < least:
-        raise UserError(f"an Inception Score needs an image in each of its {least} splits, got {n} images: "
+    n = len(logits)
+    if n < splits and not block:
+        raise UserError(f"an Inception Score needs an image in each of its {splits} splits, got {n} images: "
                         f"use fewer splits or more images")
     if shuffle_seed is not None:                              # RandomState: NumPy promises never to change it
         order = np.random.RandomState(shuffle_seed).permutation(n)
         logits = logits[torch.from_numpy(order).to(logits.device)]
-    edges = [*range(0, n, block), n] if block else [i * n // splits for i in range(splits + 1)]
+    cuts = [i * n // splits for i in range(1, splits)]
     scores = []
-    for start, stop in zip(edges, edges[1:]):
-        log_p = logits[start:stop].double().log_softmax(1)                                # (n, C)
+    for part in logits.split(block) if block else logits.tensor_split(cuts):
+        log_p = part.double().log_softmax(1)                                              # (n, C)
         p, marginal = log_p.exp(), log_p.exp().mean(0)                                    # (n, C), (C,)
         # xlogy(0, 0) = 0: a class whose probability underflows adds nothing.
         information = torch.xlogy(p, p).sum(1).mean() - torch.xlogy(marginal, marginal).sum()
@@ -138,10 +135,10 @@ def inception_score(logits, splits=10, block=None, shuffle_seed=None):
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def _blocks(x, center=0.0):
+def _blocks(x, center=0.0, first=0):
     """(N, ...) -> slices of the rows and these as float64 (n, D) minus center, at most 64 MB at a time."""
     size = min(1024, max(16, 2**23 // math.prod(x.shape[1:])))
-    for start in range(0, len(x), size):
+    for start in range(first, len(x), size):
         rows = torch.as_tensor(x[start:start + size]).flatten(1).double()
         yield slice(start, start + len(rows)), rows - center
 
@@ -160,6 +157,19 @@ def _squared_norms(a):
     return torch.linalg.vector_norm(a, dim=1).square()        # a.square() would fill another 16 MB
 
 
+def _pairs(x, y, center):
+    """(N, ...), (M, ...) -> slices of the rows of both, block by block, and squared distances (n, m).
+
+    Of a set and itself half of the blocks are computed: the distance is symmetric.
+    """
+    for rows, a in _blocks(x, center):
+        for columns, b in _blocks(y, center, rows.start if x is y else 0):
+            distances = _squared_distances(a, b)
+            yield rows, columns, distances
+            if x is y and columns != rows:
+                yield columns, rows, distances.T
+
+
 def _squared_distances(a, b):
     """(n, D), (m, D) -> (n, m). What rounding cannot tell from 0 is 0, so copies are at distance 0.
 
@@ -172,21 +182,9 @@ def _squared_distances(a, b):
 
 def _balls(x, k, center):
     """(N, D) -> (N,): the squared distance of each row to its k-th nearest other row, its rim included."""
-    nearby = torch.full((len(x), k), math.inf, dtype=torch.float64, device=center.device)
+    distances, _ = nearest(x, x, k + 1)                       # the nearest of all, at 0, is the row itself
+    radii = torch.from_numpy(distances[:, k]).to(center.device).square()
     norms = torch.cat([_squared_norms(rows) for _, rows in _blocks(x, center)])
-
-    def keep(rows, distances):
-        nearby[rows] = torch.cat([nearby[rows], distances], 1).topk(k, largest=False).values
-
-    for rows, a in _blocks(x, center):
-        for columns, b in _blocks(x[:rows.stop], center):     # each pair once: the distance is symmetric
-            distances = _squared_distances(a, b)                                          # (n, m)
-            if columns == rows:
-                distances.fill_diagonal_(math.inf)
-            else:
-                keep(columns, distances.T)
-            keep(rows, distances)
-    radii = nearby[:, -1]
     # A radius is compared with another rounded distance: on the rim they must count as equal.
     return radii + 6 * _rounding(len(center)) * (norms + radii)
 
@@ -206,21 +204,19 @@ def precision_recall(real, fake, k=3):
     fake_balls = _balls(fake, k, center)                                                  # (M,)
     real_inside = torch.zeros_like(real_balls, dtype=torch.bool)
     fake_inside = torch.zeros_like(fake_balls, dtype=torch.bool)
-    for rows, a in _blocks(real, center):
-        for columns, b in _blocks(fake, center):
-            distances = _squared_distances(a, b)                                          # (n, m)
-            fake_inside[columns] |= (distances <= real_balls[rows, None]).any(0)
-            real_inside[rows] |= (distances <= fake_balls[columns]).any(1)
+    for rows, columns, distances in _pairs(real, fake, center):
+        fake_inside[columns] |= (distances <= real_balls[rows, None]).any(0)
+        real_inside[rows] |= (distances <= fake_balls[columns]).any(1)
     return fake_inside.double().mean().item(), real_inside.double().mean().item()
 
 
-def nearest(queries, gallery, k=1, metric="euclidean", exclude_self=False):
+def nearest(queries, gallery, k=1, metric="euclidean"):
     """The k nearest rows of the gallery for each query: (Q, ...), (G, ...) -> distances, indices (Q, k).
 
-    Arrays, the nearest first. `gallery` may also be an iterable of chunks, each seen once, so that a data set
-    need not fit in memory. metric: "euclidean", or "cosine" for 1 - cos. `exclude_self`: queries and gallery
-    are the same rows, and none is its own neighbor. Distances between rows of `Lpips.embed`, squared, are
-    LPIPS. Raises UserError if the gallery has too few rows.
+    Arrays, the nearest first; copies are at distance 0. `gallery` may also be an iterable of chunks, each
+    seen once, so that a data set need not fit in memory. metric: "euclidean", or "cosine" for 1 - cos.
+    Distances between rows of `Lpips.embed`, squared, are LPIPS. Raises UserError if the gallery has too few
+    rows.
     """
     assert metric in ("euclidean", "cosine") and k >= 1
     chunks = [gallery] if hasattr(gallery, "shape") else gallery
@@ -233,18 +229,14 @@ def nearest(queries, gallery, k=1, metric="euclidean", exclude_self=False):
     best = torch.full((len(queries), k), math.inf, dtype=torch.float64, device=center.device)
     index = torch.full_like(best, -1, dtype=torch.int64)
     for chunk in chunks:
-        for columns, b in _blocks(chunk, center):
-            numbers = seen + torch.arange(columns.start, columns.stop, device=center.device)      # (m,)
-            for rows, a in _blocks(queries, center):
-                distances = _squared_distances(a, b)                                      # (n, m)
-                if exclude_self:
-                    own = torch.arange(rows.start, rows.stop, device=center.device)
-                    distances.masked_fill_(numbers == own[:, None], math.inf)
-                best[rows], order = torch.cat([best[rows], distances], 1).topk(k, largest=False)
-                index[rows] = torch.cat([index[rows], numbers.expand_as(distances)], 1).gather(1, order)
+        for rows, columns, distances in _pairs(queries, chunk, center):
+            near, found = distances.topk(min(k, distances.shape[1]), largest=False)       # (n, k)
+            found += seen + columns.start
+            best[rows], order = torch.cat([best[rows], near], 1).topk(k, largest=False)
+            index[rows] = torch.cat([index[rows], found], 1).gather(1, order)
         seen += len(chunk)
-    if seen < k + exclude_self:
-        raise UserError(f"{k} nearest neighbors need {k + exclude_self} images to search, got {seen}")
+    if seen < k:
+        raise UserError(f"{k} nearest neighbors need {k} images to search, got {seen}")
     return (best / 2 if metric == "cosine" else best.sqrt()).cpu().numpy(), index.cpu().numpy()
 
 
@@ -281,13 +273,14 @@ def _exactly():
 
 
 @contextlib.contextmanager
-def _public(path, url, name):
+def _public(path, url, name=None):
     """Opens a public file of weights -> (its tensors by name, the first 8 digits of its sha256).
 
-    path None: the file `name` in PyTorch's cache, downloaded from `url` if it is not there; the name ends in
-    the hash it must have. Raises UserError if it is missing, or for whatever fails in the body: a tensor too
-    many, too few, or of another shape.
+    path None: the file `name` (or as in the url) in PyTorch's cache, downloaded if it is not there; the name
+    ends in the hash it must have. Raises UserError if it is missing, or for whatever fails in the body: a
+    tensor too many, too few, or of another shape.
     """
+    name = name or url.rsplit("/", 1)[1]
     file = Path(path or Path(torch.hub.get_dir(), "checkpoints", name))
     if path is None and not file.exists():
         remedy = f"fetch {url} on another machine and give its path, or save it as {file}"
@@ -338,7 +331,7 @@ class InceptionFeatures(nn.Module):
         super().__init__()
         self.net = torchvision.models.Inception3(
             num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
-        with _public(weights, INCEPTION_URL, INCEPTION_URL.rsplit("/", 1)[1]) as (state, self.sha256):
+        with _public(weights, INCEPTION_URL) as (state, self.sha256):
             # A plain dict carries no version, and without one BatchNorm does not ask for its batch counter.
             self.net.load_state_dict(dict(state))
         self.net.fc.bias.data.zero_()
@@ -360,7 +353,7 @@ class InceptionFeatures(nn.Module):
         x = to_uint8(images.to(self.net.fc.weight.device)).float()                        # (N, 3, H, W)
         x = (tf1_resize(x) - 128) / 128                                                   # (N, 3, 299, 299)
         logits = self.net(x.contiguous(memory_format=torch.channels_last))                # (N, 1008)
-        return {"pool": self.taps.pop("pool"), "spatial": self.taps.pop("spatial"), "logits": logits}
+        return dict(self.taps, logits=logits)
 
     def train(self, mode=True):
         return super().train(False)                           # with a batch's statistics it is no metric
@@ -379,10 +372,10 @@ class Lpips(nn.Module):
         self.taps, linear, trunk, make = LPIPS_NETS[net]
         linear_path, trunk_path = weights or (None, None)
         with torch.device("meta"):                            # most of these nets is a classifier, not wanted
-            features = make().features.to_empty(device="cpu")
+            features = make().features
         with _public(trunk_path, TORCHVISION_URL + trunk, trunk) as (state, trunk_digest):
             own = {name: state[f"features.{name}"] for name in features.state_dict()}
-            features.load_state_dict(own)
+            features.load_state_dict(own, assign=True)
         self.trunk = features[:self.taps[-1] + 1]             # the last max-pool would fail at 32 pixels
         self.linear = nn.ParameterList()
         with _public(linear_path, LPIPS_URL + net + ".pth", linear) as (state, linear_digest):
@@ -393,16 +386,15 @@ class Lpips(nn.Module):
                 self.linear.append(nn.Parameter(weight, requires_grad=False))
         self.sha256 = linear_digest, trunk_digest
         # The mean and deviation of ImageNet's pixels, for the range [-1, 1].
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+        colors = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])
+        self.register_buffer("colors", colors[:, :, None, None])
 
     @_exactly()
     def embed(self, images):
         """(N, 3, H, W) -> (N, M): each layer's features, of unit length per pixel, times sqrt(w / (h w))."""
-        x = images.to(self.shift.device)
-        x = x / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
-        x = (x - self.shift) / self.scale
-        parts = []
+        x, (shift, scale) = images.to(self.colors.device), self.colors
+        x = twosdm.to_float(x) if x.dtype == torch.uint8 else x.float()
+        x, parts = (x - shift) / scale, []
         for i, layer in enumerate(self.trunk):
             x = layer(x)                                                                  # (N, C, h, w)
             if i in self.taps:
@@ -415,88 +407,62 @@ class Lpips(nn.Module):
         return (self.embed(a) - self.embed(b)).square().sum(1)
 
 
-class WorldFeatures(nn.Module):
+class WorldFeatures(twosdm.SmallClip):
     """On the embedded world, where Inception means nothing: a small classifier of the world's attributes.
 
     (N, 3, H, W) uint8 or [-1, 1] -> dict of pool (N, 64), spatial (N, 448) and logits (N, 1536), those of the
-    joint distribution of shape, color, background and count as a product of four. It is independent of the
-    embedder: other images, labels instead of captions. Its values compare with each other, not
-    with Inception's.
+    joint distribution of shape, color, background and count as a product of four. It is an image tower like
+    the embedder's, but independent of it: other images, labels instead of captions. Its values compare with
+    each other, not with Inception's.
     """
     label, resize, dims = "the world's own classifier (not comparable with Inception's)", "none", (64, 448)
 
-    def __init__(self, width=24):
-        super().__init__()
-        w, block = width, functools.partial(
-            torchvision.ops.Conv2dNormActivation, kernel_size=3, bias=True)   # with BatchNorm and ReLU
-        self.map = nn.Sequential(
-            block(3, w, norm_layer=None),
-            block(w, 2 * w, stride=2),
-            block(2 * w, 2 * w),
-            block(2 * w, 2 * w, stride=2),
-            nn.AdaptiveAvgPool2d(4))
-        self.pool = nn.Sequential(nn.Flatten(), nn.Linear(32 * w, 64), nn.ReLU())
-        self.head = nn.Linear(64, sum(twosdm.ATTRIBUTES.values()))
+    def __init__(self):
+        self.values = list(twosdm.ATTRIBUTES.values())        # how many each attribute has
+        super().__init__(sum(self.values), width=16)
 
-    def parts(self, x):
-        """(N, 3, H, W) in [-1, 1] -> the last map (N, 2w, 4, 4), its pooled form (N, 64), and the logits of
-        each attribute, a list of (N, number of its values)."""
-        last = self.map(F.interpolate(x, (32, 32), mode="area") if x.shape[-1] > 32 else x)
-        pool = self.pool(last)
-        return last, pool, self.head(pool).split(list(twosdm.ATTRIBUTES.values()), 1)
-
-    @_exactly()
-    def forward(self, images):
-        x = to_uint8(images.to(self.head.weight.device)).float() / 127.5 - 1
-        last, pool, attributes = self.parts(x)
-        joint = torch.zeros(len(x), 1, device=x.device)
-        for logits in attributes:                             # log p of independent attributes adds up
+    def features(self, images):
+        x = twosdm.to_float(to_uint8(images.to(self.embed.weight.device)))
+        last = self.image[:-4](F.interpolate(x, (32, 32), mode="area") if x.shape[-1] > 32 else x)
+        pool = self.image[-4:-1](last)                                                    # (N, 64)
+        joint = torch.zeros_like(pool[:, :1])
+        for logits in self.image[-1](pool).split(self.values, 1):
+            # log p of independent attributes adds up.
             joint = (joint[:, :, None] + logits.log_softmax(1)[:, None]).flatten(1)
         return {"pool": pool, "spatial": last[:, :28].flatten(1), "logits": joint}
 
+    forward = _exactly()(features)                            # training needs gradients
+
     @classmethod
-    def trained(cls, folder, resolution, device="cpu"):
+    def trained(cls, folder, resolution, device="cpu", steps=300, batch=128):
         """The classifier for a resolution from its cache in `folder`; if absent, it is trained: a minute."""
-        net = cls()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)                              # always the same
+            net = cls().to(device)
 
         def make():
-            with torch.random.fork_rng():
-                return cls.fit(resolution, device).cpu().state_dict()
+            optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+            for step in tqdm(range(steps), "training the world's classifier"):
+                index = 10**9 + step * batch + torch.arange(batch)            # far from any training set
+                target = torch.zeros_like(index)
+                for name, values in twosdm.shapes_attributes(index).items():
+                    target = target * twosdm.ATTRIBUTES[name] + values
+                images = twosdm.shapes_images(index, resolution).permute(0, 3, 1, 2)
+                loss = F.cross_entropy(net.features(images)["logits"], target.to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            return {name: x.cpu().numpy() for name, x in net.state_dict().items()}
 
-        weights = cached(Path(folder) / f"classifier-{resolution}.npz", list(net.state_dict()), make)
+        weights = cached(folder / f"classifier-{resolution}.npz", make)
         net.load_state_dict({name: torch.as_tensor(x) for name, x in weights.items()})
         net.sha256 = twosdm.fingerprint(net)
-        return net.to(device).eval()
-
-    @classmethod
-    def fit(cls, resolution, device, size=20_000, epochs=3, batch=128):
-        """Trains one, always the same."""
-        torch.manual_seed(0)
-        net, index = cls().to(device).train(), torch.arange(10**9, 10**9 + size)   # far from any training set
-        images = twosdm.shapes_world(index, resolution, seed=0)
-        targets = twosdm.shapes_attributes(index, seed=0)
-        order = []
-        for _ in range(epochs):
-            order += torch.randperm(size)[:size // batch * batch].split(batch)
-        optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-        ramp = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=len(order))
-        for rows in tqdm(order, desc="training the world's classifier", unit=" batches"):
-            loss = 0.0
-            _, _, attributes = net.parts(images.batch(rows.numpy(), device))
-            for name, logits in zip(twosdm.ATTRIBUTES, attributes):
-                loss = loss + F.cross_entropy(logits, targets[name][rows].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            ramp.step()
-        return net.eval()
+        return net
 
 
 # ============================================================================================================
 # 3 Sets of images: whatever they are, a twosdm.Images; what must be drawn or unpacked is made when looked at
 # ============================================================================================================
-
-LARGEST = 2**30                                               # bytes of an array that is read as a whole
 
 
 def hash_of(*content):
@@ -504,112 +470,86 @@ def hash_of(*content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read_arrays(path, names):
-    """Those of the named arrays that an .npz holds, as a dict; the others are not read. Raises UserError."""
-    arrays = {}
-    with reading(path, "it should be a whole .npz of plain arrays"), np.load(path) as file:
-        for name in names:
-            if name in file.files:
-                if file.zip.getinfo(f"{name}.npy").file_size > LARGEST:
-                    raise UserError(f"{name} in {path} is larger than a gigabyte: it is no such array")
-                arrays[name] = file[name]
-    return arrays
-
-
 def save_arrays(path, **arrays):
     with written(path) as file:
         np.savez(file, **arrays)
 
 
-def cached(path, names, make):
-    """These arrays of the .npz at path; if one is not there, make() -> dict of all is written there first.
+def cached(path, make):
+    """The arrays of the .npz at path; if it is not there, make() -> dict of them is written there first.
 
     A second process that wants the same waits for it. A damaged cache is only a slow one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with twosdm.locked(path.with_suffix(".lock")):
-        with contextlib.suppress(UserError):
-            arrays = read_arrays(path, names)
-            if len(arrays) == len(names):
-                return arrays
+        with contextlib.suppress(Exception), np.load(path) as file:
+            return dict(file)
         arrays = make()
         save_arrays(path, **arrays)
-    return {name: arrays[name] for name in names}
+        return arrays
 
 
-def pixels_file(folder, fingerprint):
-    """Where the pixels of a lazy set are, from their making until their features are cached."""
-    return Path(folder) / "features" / f"{fingerprint}.u8"
+def samples(pipeline, seed, n):
+    """The images that a method draws from the seeds seed, ..., seed + n - 1, when they are looked at."""
+    shape = pipeline.resolution, pipeline.resolution, 3
+    pixels = twosdm.Rows(lambda rows: pipeline((seed + rows).tolist()), n, shape)
+    return twosdm.Images(pipeline.method, pixels, hash_of(pipeline.describe(), seed, n))
 
 
-def lazy_images(name, fingerprint, n, resolution, folder, make, batch):
-    """Images whose pixels are made when first looked at, by make(start, stop) -> (B, R, R, 3) uint8.
-
-    They are appended to a file, so that a kill costs a batch; with cached features they are never made.
-    """
-    dtype = np.dtype((np.uint8, (resolution, resolution, 3)))
-
-    @functools.cache
-    def pixels():
-        return twosdm.made_once(pixels_file(folder, fingerprint), n, dtype, make, name, batch)
-
-    return twosdm.Images(name, twosdm.Rows(lambda rows: pixels()[rows], n, dtype.shape), fingerprint)
-
-
-def samples(pipeline, seed, n, folder, batch):
-    """The images that a method draws from the seeds seed, seed + 1, ..., seed + n - 1."""
-    def make(start, stop):
-        return pipeline(list(range(seed + start, seed + stop)))
-
-    fingerprint = hash_of(pipeline.describe(), seed, n)
-    return lazy_images(pipeline.method, fingerprint, n, pipeline.resolution, folder, make, batch)
-
-
-def npz_images(path, folder):
+def npz_images(path):
     """`arr_0` (N, R, R, 3) uint8 of an .npz, as sample.py --npz and OpenAI's evaluator have it, streamed."""
     with reading(path, "give a whole .npz whose arr_0 holds images (N, R, R, 3), uint8"):
         archive = zipfile.ZipFile(path)
         file = archive.open("arr_0.npy")
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        size = archive.getinfo("arr_0.npy").file_size - file.tell()
-    begin, row = file.tell(), math.prod(shape[1:])
+    begin, size = file.tell(), math.prod(shape[1:])
     square = len(shape) == 4 and 0 < shape[1] == shape[2] <= 2048 and shape[3] == 3
-    if dtype != np.uint8 or fortran or not square or not 0 < math.prod(shape) == size:
-        raise UserError(f"arr_0 in {path} is {size} bytes, {dtype} of shape {shape}: it must be uint8 of shape "
+    if dtype != np.uint8 or fortran or not square:
+        raise UserError(f"arr_0 in {path} is {dtype} of shape {shape}: it must be uint8 of shape "
                         f"(N, R, R, 3), R at most 2048, not of several sizes nor in Fortran's order")
 
-    def make(start, stop):
+    def read(rows):
+        content = b""
         with reading(path, "make or fetch it again"):
-            file.seek(begin + start * row)                    # in order, so that its checksum is checked
-            content = file.read((stop - start) * row)
-            return np.frombuffer(content, np.uint8).reshape(stop - start, *shape[1:])
+            for row in rows:
+                file.seek(begin + size * row)                 # read in order, its checksum is checked
+                content += file.read(size)
+            return np.frombuffer(content, np.uint8).reshape(-1, *shape[1:])
 
     fingerprint = hash_of(archive.getinfo("arr_0.npy").CRC, shape)
-    return lazy_images(str(path), fingerprint, shape[0], shape[1], folder, make, batch=64)
+    return twosdm.Images(str(path), twosdm.Rows(read, shape[0], shape[1:]), fingerprint)
 
 
-def common_side(path):
-    """The side R if all images of a folder or zip are R x R, by their headers, else None."""
-    sizes = set()
-    for file in twosdm.ImageFiles(path).files:
-        if not file[0].startswith("grid"):                    # of sample.py
+def file_images(path, task):
+    """The images of a folder or zip at the task's resolution; None: squares of one size stay as they are.
+
+    Everything else is as in training: center squares by Lanczos, transparency on white, 16 bits to 8.
+    """
+    files, sides, resolution = twosdm.ImageFiles(path), set(), task.resolution
+    drawn = Path(path, "settings.json").is_file()             # by sample.py, whose grid is no sample
+    rows = [i for i, name in enumerate(files.names) if not (drawn and name.startswith("grid"))]
+    if resolution is None:
+        for i in rows:
             with contextlib.suppress(Exception):              # a bad file is named when it is read
-                sizes.add(Image.open(io.BytesIO(twosdm.content(file))).size)
-    width, height = sizes.pop() if len(sizes) == 1 else (None, 0)
-    return width if width == height else None
+                sides.update(Image.open(io.BytesIO(twosdm.content(files.files[i]))).size)
+        if len(sides) != 1:
+            raise UserError(f"{path} holds images of several sizes, or not square: say with --resolution "
+                            f"what side their center squares shall have")
+        resolution, = sides
+    images = twosdm.prepare_images(path, resolution, task.folder / "data", task.args.skip_bad and not drawn)
+    return images.subset(np.array(rows)) if drawn else images
 
 
 # ============================================================================================================
 # 4 From images to features to metrics
 # ============================================================================================================
 
-METRICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s"), "is": ("logits",), "precision": ("pool",),
-           "recall": ("pool",)}                               # and what of a set's features each is made of
-HEADINGS = {"fid": "FID", "sfid": "sFID", "is": "IS"}         # of a table, where the key would not do
+METRICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s"), "is": (), "precision": ("pool",),
+           "recall": ("pool",)}                               # and what each needs of the real features
 BALL_NEIGHBORS, IS_BLOCK = 3, 5000                            # k of precision and recall; images per split
 REAL_ROWS, FAKE_ROWS = 10_000, 50_000              # how many images at most enter precision, recall and IS
-FEATURES = "n", "mu", "sigma", "mu_s", "sigma_s", "pool", "logits"
+
 
 
 @functools.cache
@@ -623,38 +563,42 @@ def batches(rows, size):
     return np.split(np.asarray(rows), range(size, len(rows), size))
 
 
-def features(images, network, folder, most, batch=64):
-    """What the metrics need of a set, from the cache in folder/features or by one pass over its images.
+@torch.no_grad()
+def embeddings(embed, images, rows, task):
+    """Yields embed(x) of these rows of a set, batch by batch."""
+    for part in tqdm(batches(rows, task.args.batch), images.name[-30:], leave=False):
+        yield embed(images.batch(part, task.device)).cpu()
+
+
+def features(images, network, task, most):
+    """What the metrics need of a set, from the task's cache or by one pass, in memory that is flat in N.
 
     -> dict of n, the number of images; mu, sigma and mu_s, sigma_s, the mean and the covariance (float64) of
     pool and spatial features; and, of `most` images drawn at random, pool and logits. Raises UserError.
     """
-    key = hash_of(images.fingerprint, len(images), images.resolution, network.sha256, most)
-    path = Path(folder) / "features" / f"{key}.npz"
-    arrays = cached(path, FEATURES, lambda: extract(images, network, most, batch))
-    pixels_file(folder, images.fingerprint).unlink(missing_ok=True)
-    return arrays
+    def make():
+        chosen = np.zeros(len(images), bool)      # at random: files are sorted by name, and so by class
+        chosen[np.random.RandomState(0).permutation(len(images))[:most]] = True
+        pool_stats, spatial_stats = map(RunningStats, network.dims)
+        pool, logits = [], []
+        # A covariance costs the same for 1 row and 1024.
+        for block in tqdm(batches(range(len(images)), 1024), f"features of {images.name[-30:]}"):
+            parts = [network(images.batch(part, task.device)) for part in batches(block, task.args.batch)]
+            out = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+            if not twosdm.all_finite(out):
+                raise UserError(f"the features of {images.name} are not finite: the network's weights or the "
+                                f"device are faulty, try --device cpu")
+            pool_stats.update(out["pool"])
+            spatial_stats.update(out["spatial"])
+            pool.append(out["pool"][chosen[block]])
+            logits.append(out["logits"][chosen[block]])
+        mu, sigma = pool_stats.result()
+        mu_s, sigma_s = spatial_stats.result()
+        return dict(n=len(images), mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s,
+                    pool=torch.cat(pool).numpy(), logits=torch.cat(logits).numpy())
 
-
-def extract(images, network, most, batch):
-    """One pass over a set of images -> all that `features` can be asked for, in memory that is flat in N."""
-    chosen = np.zeros(len(images), bool)          # at random: files are sorted by name, and so by class
-    chosen[np.random.RandomState(0).permutation(len(images))[:most]] = True
-    pool_stats, spatial_stats = map(RunningStats, network.dims)
-    pool, logits = [], []
-    blocks = batches(range(len(images)), 1024)                # a covariance costs the same for 1 and 1024
-    for block in tqdm(blocks, desc=f"features of {images.name[-30:]}", unit="k images"):
-        parts = [network(images.batch(rows)) for rows in batches(block, batch)]
-        out = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-        if not all(x.isfinite().all() for x in out.values()):
-            raise UserError(f"the features of {images.name} are not finite: the network's weights or the "
-                            f"device are faulty, try --device cpu")
-        pool_stats.update(out["pool"])
-        spatial_stats.update(out["spatial"])
-        pool.append(out["pool"][chosen[block]])
-        logits.append(out["logits"][chosen[block]])
-    moments = *pool_stats.result(), *spatial_stats.result()
-    return dict(zip(FEATURES, (len(images), *moments, torch.cat(pool).numpy(), torch.cat(logits).numpy())))
+    key = hash_of(images.fingerprint, network.sha256, most)
+    return cached(task.folder / "features" / f"{key}.npz", make)
 
 
 def score(real, fake, metrics):
@@ -666,11 +610,8 @@ def score(real, fake, metrics):
             values[name] = frechet_distance(real[mu], real[sigma], fake[mu], fake[sigma])
     if "is" in metrics:
         values["is"], values["is_std"] = inception_score(fake["logits"], block=IS_BLOCK, shuffle_seed=0)
-    if "precision" in metrics or "recall" in metrics:
-        shares = precision_recall(real["pool"], fake["pool"], BALL_NEIGHBORS)
-        for name, share in zip(("precision", "recall"), shares):
-            if name in metrics:
-                values[name] = share
+    if "precision" in metrics or "recall" in metrics:         # one costs as much as both
+        values["precision"], values["recall"] = precision_recall(real["pool"], fake["pool"], BALL_NEIGHBORS)
     return values
 
 
@@ -680,90 +621,72 @@ def read_statistics(path, network):
     -> dict of these, and of pool, n, weights if they are ours; empty if the file holds images alone. Raises
     UserError if an array is missing, of another network, not finite or not symmetric.
     """
-    arrays = read_arrays(path, ["n", "mu", "sigma", "mu_s", "sigma_s", "pool", "weights"])
-    pool = arrays.get("pool", np.zeros((0, network.dims[0])))
-    with reading(path, f"give mu (D,), sigma (D, D) of {network.label}, finite and symmetric, or images as arr_0"):
+    names = "n", "mu", "sigma", "mu_s", "sigma_s", "pool", "weights"
+    with reading(path, f"give mu (D,) and sigma (D, D) of {network.label}, D = {network.dims[0]}, for sFID "
+                 f"also mu_s and sigma_s, D = {network.dims[1]}, or images as arr_0"):
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in names if name in file}
         for metric, dims in zip(("fid", "sfid"), network.dims):
-            names = METRICS[metric]
-            shapes = [arrays[name].shape for name in names if name in arrays]
-            if shapes not in ([], [(dims,), (dims, dims)]):
-                raise UserError(f"{' and '.join(names)} in {path} have the shapes {shapes}: one is lacking, or they "
-                                f"belong to another network than {network.label}, with {dims} dimensions")
-            if shapes:
-                check_gaussian(*(arrays[name] for name in names), f"{' or '.join(names)} in {path}")
-        if pool.shape[1:] != network.dims[:1] or not np.isfinite(pool).all():
-            raise UserError(f"pool in {path} has NaN values or does not go with its mu: fetch or make it again")
-        if "n" in arrays:
-            arrays["n"] = int(arrays["n"])
+            mu, sigma = METRICS[metric]
+            if mu in arrays or sigma in arrays:
+                assert arrays[mu].shape == (dims,) and arrays[sigma].shape == (dims, dims)
+                check_gaussian(arrays[mu], arrays[sigma], f"{mu} or {sigma} in {path}")
+        assert np.isfinite(arrays.get("pool", 0)).all()
     if str(arrays.get("weights", network.sha256)) != network.sha256:
         raise UserError(f"{path} was made with the weights {arrays['weights']}, not {network.sha256}: use "
                         f"one file of weights for both sides")
-    return arrays if "mu" in arrays else {}
+    return arrays
 
 
 def reference(task, network):
-    """The side of the real images -> (dict of what can be had of FEATURES; its record for the protocol).
+    """The side of the real images -> dict of what can be had of what `features` gives.
 
     One row, one reference: what the statistics of --reference lack is had from the images beside them
     (arr_0 of OpenAI's files: enough for precision and recall, not for a mean), and from nowhere else.
     """
-    def of_images(images):
-        return features(images, network, task.folder, REAL_ROWS, task.args.batch)
-
     path, real = task.args.reference, {}
     if path and path.endswith(".npz"):
         real = read_statistics(path, network)
-    if real:
-        if "pool" not in real and "arr_0" in np.load(path).files:
-            real["pool"] = of_images(npz_images(path, task.folder))["pool"]
-        digest = hashlib.sha256(real["mu"].tobytes() + real["sigma"].tobytes()).hexdigest()
-        record = dict(reference=path, reference_sha256=digest[:8])
-    else:
-        images = task.real()
-        real = of_images(images)
-        record = dict(reference=path or "training set", reference_key=images.fingerprint)
-    return real, dict(record, n_real=int(real["n"]) if "n" in real else None)
+    if "mu" not in real:
+        return features(task.real(), network, task, REAL_ROWS)
+    if "pool" not in real and "arr_0" in np.load(path).files:
+        real["pool"] = features(npz_images(path), network, task, REAL_ROWS)["pool"]
+    return real
 
 
-def measure(task, device):
+def measure(task):
     """Yields the row of each candidate: its metrics, what it is, and the protocol that they depend on."""
     args = task.args
     if task.dataset == "shapes":
-        network = WorldFeatures.trained(task.folder, task.resolution, device)
+        network = WorldFeatures.trained(task.folder, task.resolution, task.device)
     else:
-        network = InceptionFeatures(args.inception_weights).to(device)
-    real, record = reference(task, network)
+        network = InceptionFeatures(args.inception_weights).to(task.device)
+    real = reference(task, network)
     if args.save_reference:
-        known = {name: x for name, x in real.items() if name not in ("logits", "weights")}
-        save_arrays(args.save_reference, **known, weights=network.sha256)
-        task.files.append(args.save_reference)
-    metrics = [m for m in args.metrics if m == "is" or all(name in real for name in METRICS[m])]
+        save_arrays(args.save_reference, **real | dict(weights=network.sha256))
+        say(f"-> {args.save_reference}")
+    metrics = [name for name in args.metrics if real.keys() >= set(METRICS[name])]
     for lacking in set(args.metrics) - set(metrics):
-        say(f"left out: {HEADINGS.get(lacking, lacking)}, for which {args.reference} has nothing: give the "
-            f"images themselves as --reference")
+        say(f"left out: {lacking}, for which {args.reference} has nothing: give the images themselves as "
+            f"--reference")
     for described, images, pipeline in task.candidates() if metrics else ():
-        fake = features(images, network, task.folder, FAKE_ROWS, args.batch)
-        values = score(real, fake, metrics)
-        n = min(int(fake["n"]), record["n_real"] or math.inf)
-        for name, dims in zip(("fid", "sfid"), network.dims):
-            if name in metrics and n <= dims:
-                say(f"Warning: {n} samples for the {dims} dimensions of {HEADINGS[name]}: it is biased "
-                    f"upwards, compare it at equal n only.")
+        fake = features(images, network, task, FAKE_ROWS)
+        if len(images) <= network.dims[0]:
+            say(f"{len(images)} samples for the {network.dims[0]} dimensions of FID: it is biased upwards, "
+                f"compare it at equal n only")
         protocol = task.protocol(
-            **record,
+            reference=args.reference or "training set",
+            n_real=int(real["n"]) if "n" in real else None,
             features=network.label,
             weights=network.sha256,
             resize=network.resize,
-            n_generated=int(fake["n"]),
-            precision_recall_real=len(real.get("pool", ())),
-            precision_recall_generated=len(fake["pool"]),
+            n_generated=len(images),
             k=BALL_NEIGHBORS,
             is_block=IS_BLOCK)
         yield dict(
-            values,
+            score(real, fake, metrics),
             **described,
             protocol=protocol,
-            machine=sample.device_name(device),
             timing=pipeline and pipeline.timing())
 
 
@@ -775,124 +698,96 @@ NEIGHBORS = 3                                                 # that a picture s
 QUANTILE = 0.05
 
 
-def embeddings(embed, images, rows, batch, device):
-    """Yields embed(x) (B, D) of these rows of a set, batch by batch."""
-    for part in tqdm(batches(rows, batch), desc=f"embedding {images.name[-30:]}", unit=" batches"):
-        with torch.no_grad():
-            yield embed(images.batch(part, device)).cpu()
 
-
-def similarity(task, device):
-    """What --nearest compares: (x (B, 3, R, R) -> (B, D), metric, the power of its distances, its name)."""
+def similarity(task):
+    """What --nearest compares: (x (B, 3, R, R) -> (B, D), the power of their distances, its name)."""
     args = task.args
     if args.nearest == "pixel":
-        return lambda x: x.flatten(1) / 2, "euclidean", 1, "pixels in [0, 1]"
+        return lambda x: x.flatten(1) / 2, 1, "pixels in [0, 1]"
     if args.nearest == "lpips":
         if task.resolution < 31:
             raise UserError(f"LPIPS needs 31x31 pixels, these images have {task.resolution}x"
                             f"{task.resolution}: use --nearest clip or --nearest pixel")
-        net = Lpips(args.lpips_weights).to(device)
-        return net.embed, "euclidean", 2, f"LPIPS 0.1 (alex {' '.join(net.sha256)})"
-    name = "cosine of CLIP"
+        net = Lpips(args.lpips_weights).to(task.device)
+        return net.embed, 2, f"LPIPS 0.1 (alex {' '.join(net.sha256)})"
     if task.dataset == "shapes":
-        name = "cosine of the world's own CLIP"
-        run = Path(args.runs, task.dataset, "embedder", "checkpoint.pt")
-        net = twosdm.SmallClip()
-        net.load_state_dict(twosdm.load_checkpoint(run, stage="embedder")["ema"])
+        net = twosdm.trained_clip(sample.find_run(args, "embedder"))
     else:
         net = twosdm.ClipEmbedder(args.clip_weights or getattr(task.config, "clip_weights", "openai"))
-    net = net.to(device).eval()
-    return _exactly()(net.forward), "cosine", 1, f"{name} {twosdm.fingerprint(net)}"
+    net = net.to(task.device)
+
+    @_exactly()
+    def embed(x):
+        return F.normalize(net(x)) / math.sqrt(2)             # of these, |u - v|^2 = 1 - cos
+
+    return embed, 2, f"cosine of {type(net).__name__} {twosdm.fingerprint(net)}"
 
 
-def find_copies(task, device):
+def find_copies(task):
     """--nearest: yields a row for each candidate, on its nearest training images; leaves pictures and a CSV.
 
     Beside them, as "training", as many training images and their nearest *other* ones. A model that copies
     lies to the left: `copies` is the share of samples within the 5 % quantile of "training".
     """
     args = task.args
-    embed, metric, power, name = similarity(task, device)
-    gallery, sets = task.real(), []
+    embed, power, name = similarity(task)
+    gallery, sets, queries = task.real(), [], []
     for described, images, _ in ((dict(method="training"), gallery, None), *task.candidates()):
         items = np.random.RandomState(args.seed).permutation(len(images))[:args.n or 100]
         items.sort()
-        y = torch.cat(list(embeddings(embed, images, items, args.batch, device)))         # (n, D)
-        sets.append((described, images, items, y))
-    queries = torch.cat([y for *_, y in sets])
-    chunks = embeddings(embed, gallery, range(len(gallery)), args.batch, device)
-    distances, index = nearest(queries, chunks, min(NEIGHBORS + 1, len(gallery)), metric)
-    distances = distances ** power
-    lines, curves = [], {}
-    white = np.full_like(gallery.pixels[:1], 255)
-    path = task.out / f"nearest-{args.nearest}.csv"
-    for described, images, items, y in sets:
-        method, n = described["method"], len(y)
-        d, distances = distances[:n], distances[n:]                                       # (n, NEIGHBORS + 1)
-        found, index = index[:n], index[n:]
-        if images is gallery:                                 # the nearest of all is the image itself
-            d, found = d[:, 1:], found[:, 1:]
-            edge = float(np.quantile(d[:, 0], QUANTILE))
-        d = curves[method] = d[:, 0]                                                      # (n,)
-        lines += [[method, *line] for line in zip(items, d, found[:, 0])]
-        if images is not gallery:
-            tiles = []                                        # each most suspicious sample and its neighbors
-            for i in np.argsort(d, kind="stable")[:32]:
-                tiles += [images.pixels[items[i:i + 1]], gallery.pixels[found[i, :NEIGHBORS]], white]
-            task.files.append(path.with_name(f"{path.stem}-{method}.png"))
-            sheet = twosdm.image_grid(np.concatenate(tiles), 4 * (NEIGHBORS + 2))
-            twosdm.save_picture(task.files[-1], sheet, least=800)
-            pixels_file(task.folder, images.fingerprint).unlink(missing_ok=True)
-        protocol = task.protocol(
-            metric=name,
-            n_generated=n,
-            n_real=len(gallery),
-            reference_key=gallery.fingerprint,
-            quantile=QUANTILE)
+        sets.append((described, images, items))
+        queries += embeddings(embed, images, items, task)
+    chunks = embeddings(embed, gallery, range(len(gallery)), task)
+    distances, index = nearest(torch.cat(queries), chunks, min(NEIGHBORS + 1, len(gallery)))
+    lines, path = [], task.out / f"nearest-{args.nearest}"
+    for described, images, items in sets:
+        method, n = described["method"], len(items)
+        own = int(images is gallery)                          # the nearest of all is the image itself
+        d, distances = distances[:n, own] ** power, distances[n:]                         # (n,)
+        found, index = index[:n, own:own + NEIGHBORS], index[n:]                          # (n, NEIGHBORS)
+        if own:
+            edge = float(np.quantile(d, QUANTILE))
+        order = np.argsort(d, kind="stable")
+        for share, i in zip(np.arange(1, n + 1) / n, order):  # that is as near, or nearer
+            lines.append(dict(method=method, item=items[i], distance=d[i], neighbour=found[i, 0],
+                              share=share))
+        worst = order[:16]                                    # a row for each, and its neighbors
+        columns = [images.pixels[items[worst]], *(gallery.pixels[rows] for rows in found[worst].T)]
+        sheet = twosdm.image_grid(np.concatenate(np.stack(columns, 1)), len(columns))
+        twosdm.save_picture(f"{path}-{method}.png", sheet, least=256)
+        say(f"-> {path}-{method}.png")
         yield dict(
             described,
             nearest=args.nearest,
             smallest=float(d.min()),
             median=float(np.median(d)),
             copies=float((d <= edge).mean()),
-            protocol=protocol)
+            protocol=task.protocol(metric=name, n_generated=n, n_real=len(gallery)))
 
-    def fill(axes):
-        weights = [np.full(len(d), 1 / len(d)) for d in curves.values()]
-        axes.hist(list(curves.values()), 40, weights=weights, histtype="step", label=list(curves))
-        axes.axvline(edge, color="black", linestyle=":")
-
-    save_csv(path, ["method", "item", "distance", "neighbour"], lines)
-    xlabel = f"distance to the nearest training image\n{name}"
-    task.files += [path, *save_figure(path.with_suffix(".png"), fill, xlabel=xlabel, ylabel="share")]
+    save_curves(path, lines, "distance", "share", title=f"nearest training image, {name}")
 
 
-def compare_embeddings(task, device):
+def compare_embeddings(task):
     """--embeddings: yields rows on the prior's samples among embeddings of training images.
 
     Beside them other training embeddings, as good as can be, and draws from a Gaussian of their mean and
     covariance: all that the Fréchet distance knows of a set, but no more than that. median_distance: to the
-    nearest training embedding. rms: of an element.
+    nearest training embedding.
     """
-    args, images, pipeline = task.args, task.training, task.pipelines[0]
+    args, images, pipeline = task.args, task.real(), task.pipelines[0]
     if pipeline.prior is None:
         raise UserError("--embeddings compares the samples of a prior, and this y is drawn without one")
     n, generator = min(args.n or 1000, len(images) // 2), np.random.default_rng(args.seed)
     order = generator.permutation(len(images))[:n + REAL_ROWS]
-    y = torch.cat(list(embeddings(pipeline.embedder, images, order, args.batch, device))).double()
-    real, drawn = y[n:], []                                                               # (M, D)
-    for seeds in tqdm(batches(range(args.seed, args.seed + n), args.batch), desc="prior", unit=" batches"):
-        drawn.append(pipeline.conditions(seeds.tolist())[0].cpu().double())
+    y = torch.cat(list(embeddings(pipeline.embedder, images, order, task))).double()
+    others, real = y[:n], y[n:]                                                           # (n, D), (M, D)
+    drawn = [pipeline.conditions(seeds.tolist())[0].cpu().double()
+             for seeds in batches(range(args.seed, args.seed + n), args.batch)]
     known = RunningStats(real.shape[1]).update(real).result()
     gaussian = torch.from_numpy(generator.multivariate_normal(*known, n, method="eigh"))
-    protocol = task.protocol(
-        metric="of embeddings",
-        n_generated=n,
-        n_real=len(real),
-        reference_key=images.fingerprint,
-        k=BALL_NEIGHBORS)
-    for described, y in ((dict(method="training"), y[:n]), (dict(method="Gaussian"), gaussian),
-                         (pipeline.describe(), torch.cat(drawn))):                        # (n, D)
+    protocol = task.protocol(metric="of embeddings", n_generated=n, n_real=len(real))
+    for described, y in ((dict(method="training"), others), (dict(method="Gaussian"), gaussian),
+                         (pipeline.describe(), torch.cat(drawn))):
         precision, recall = precision_recall(real, y, BALL_NEIGHBORS)
         yield dict(
             described,
@@ -900,7 +795,6 @@ def compare_embeddings(task, device):
             precision=precision,
             recall=recall,
             median_distance=float(np.median(nearest(y, real)[0])),
-            rms=float(y.square().mean().sqrt()),
             protocol=protocol)
 
 
@@ -913,7 +807,7 @@ NAMES = {"2sdm": "2SDM", "oracle": "2SDM + oracle", "baseline": "EDM", "joint": 
 # What tables show, and with how many digits. gain: by how much, in percent, FID is lower than EDM's.
 DIGITS = {"is": 1, "precision": 3, "recall": 3, "fid": 2, "sfid": 2, "ms_per_image": 1, "prior_share": 3,
           "gain": 1}
-SHOWN = *METRICS, "frechet", "median_distance", "rms", "smallest", "median", "copies"     # of one evaluation
+SHOWN = "method", "images", *METRICS, "frechet", "median_distance", "smallest", "median", "copies"
 # What else must be equal for evaluations to be averaged; a table has columns for those that differ.
 COLUMNS = ("method", "dataset", "y", "tags", "image_steps", "guidance", "temperature", "label", "prompt",
            "images", "steps", "churn", "s_noise", "seed", "n_generated", "n_real", "reference", "resolution",
@@ -949,178 +843,147 @@ PAPER = """
 """
 
 
-def table(rows, columns):
-    """Rows of results -> text: a line for each, its numbers to three digits."""
-    text = f"{'method':<20}" + "".join(f"{HEADINGS.get(key, key):>17}" for key in columns)
-    for row in rows:
-        text += f"\n{row['method']:<20}"
-        for key in columns:
-            text += f"{round(row[key], 3):>17}"
-    return text
+def table(rows):
+    """Rows, dicts of the same columns -> Markdown."""
+    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    def shown(x):
+        return f"{x:.3f}" if isinstance(x, float) else str(x)
+
+    return "\n".join("| " + " | ".join(map(shown, line)) + " |" for line in lines)
 
 
-def save_csv(path, columns, lines):
-    with written(path) as file:
+def save_curves(path, rows, x, y, **axes):
+    """Rows -> path.csv and, if there is matplotlib, path.png: a curve for each method.
+
+    It goes through (row[x], row[y] ± row["std"]).
+    """
+    with written(f"{path}.csv") as file:
         text = io.TextIOWrapper(file, newline="")
-        csv.writer(text).writerows([columns, *lines])
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
         text.detach()                                         # which writes what is left
-
-
-def save_figure(path, fill, **labels):
-    """Lets fill(axes) make a figure -> [path], or [] if there is no matplotlib to do so."""
+    say(f"-> {path}.csv")
     try:
         from matplotlib.figure import Figure                  # optional: only figures need it
     except ImportError:
-        say(f"no {path}: for figures, pip install matplotlib; nothing has to be computed again")
-        return []
+        say(f"no {path}.png: for figures, pip install matplotlib; nothing has to be computed again")
+        return
     figure = Figure(figsize=(5.5, 3.8), layout="constrained", dpi=150)
-    axes = figure.add_subplot(**labels)
-    fill(axes)
-    axes.legend(frameon=False)
-    with written(path) as file:
-        figure.savefig(file, format="png")
-    return [path]
-
-
-def plot_curves(axes, rows, x, y):
-    """A curve for each method, through its points (row[x], row[y] ± row["std"])."""
+    plot = figure.add_subplot(**dict(xlabel=x, ylabel=y) | axes)
     for method in dict.fromkeys(row["method"] for row in rows):
         points = [(row[x], row[y], row.get("std", 0)) for row in rows if row["method"] == method]
-        axes.errorbar(*zip(*points), fmt="o-", capsize=2, label=method)
-
-
-def write_history(folder, rows, metrics):
-    """Fig. 5: each metric against the images seen, one curve per method -> the files."""
-    columns, files = ["method", "images", *metrics], [folder / "history.csv"]
-    save_csv(files[0], columns, [[row[column] for column in columns] for row in rows])
-    for metric in metrics:
-        files += save_figure(
-            folder / f"history-{metric}.png",
-            lambda axes: plot_curves(axes, rows, "images", metric),
-            xlabel="training images seen",
-            ylabel=HEADINGS.get(metric, metric))
-    return files
+        plot.errorbar(*zip(*points), fmt=".-", capsize=2, label=method)
+    plot.legend(frameon=False)
+    with written(f"{path}.png") as file:
+        figure.savefig(file, format="png")
+    say(f"-> {path}.png")
 
 
 def read_results(paths):
-    """Evaluations in results.jsonl files -> [(columns, {training run: row})], one for all of equal columns.
+    """Evaluations in results.jsonl files -> one dict for all of equal COLUMNS: these, and lists of values.
 
-    A training run is identified by file and training seed. Of repeated evaluations of the same networks the
-    last value of each metric counts; of networks trained again, the last evaluation.
+    There is a value for each training run, identified by file and training seed. Of repeated evaluations of
+    the same networks the last value of each metric counts; of networks trained again, the last evaluation.
     """
     groups = {}
     for path in paths:
         with reading(path, "it should be a results.jsonl"):
             lines = Path(path).read_text(errors="replace").splitlines()
         for line in lines:
-            # What is no evaluation is passed over.
-            with contextlib.suppress(AttributeError, KeyError, RecursionError, TypeError, ValueError):
+            with contextlib.suppress(Exception):              # what is no evaluation is passed over
                 row = json.loads(line)
-                row = (row.get("timing") or {}) | row["protocol"] | row
+                row = (row.get("timing") or {}) | row | row["protocol"]
                 row = {name: value for name, value in row.items() if value is not None}
                 if "metric" in row:                           # of --nearest and --embeddings
                     continue
                 row["method"] = NAMES[row["method"]]
-                row["dataset"] = row["protocol"]["dataset"]
                 row["tags"] = " ".join(row.get("tags", ())) or "–"
-                row |= {name: float(row[name]) for name in DIGITS if name in row}
                 run = str(path), row.get("train_seed", "–")
                 runs = groups.setdefault(tuple(row.get(name, "–") for name in COLUMNS), {})
                 before = runs.get(run, {})
-                again = all(before.get(name) == row.get(name) for name in ("networks", "arithmetic"))
+                again = before.get("networks") == row.get("networks")
                 runs[run] = before | row if again else row
-    for (_, *columns), runs in groups.items():
+    results = []
+    for (method, *columns), runs in groups.items():
         edm = groups.get((NAMES["baseline"], *columns), {})
-        for run in runs.keys() & edm.keys():
-            fid, before = runs[run].get("fid", math.nan), edm[run].get("fid")
-            runs[run]["gain"] = 100 * (1 - fid / before) if before else math.nan
-    return [(dict(zip(COLUMNS, columns)), runs) for columns, runs in groups.items()]
+        for run, row in runs.items():
+            if "fid" in row and edm.get(run, {}).get("fid"):
+                row["gain"] = 100 * (1 - row["fid"] / edm[run]["fid"])
+        result = dict(zip(COLUMNS, (method, *columns)), runs=len(runs))
+        for name in (*DIGITS, "y_dim"):
+            result[name] = [row[name] for row in runs.values() if name in row]
+        results.append(result)
+    return results
 
 
-def varying(groups):
-    """Those of COLUMNS in which groups differ; those of real images, which nothing has drawn, not counted."""
-    drawn = [columns for columns, _ in groups if columns["method"] != NAMES["real"]]
-    return [name for name in COLUMNS[2:] if len({columns[name] for columns in drawn}) > 1]
+def varying(results):
+    """Those of COLUMNS in which results differ, those of real images, which nothing has drawn, left out."""
+    drawn = [result for result in results if result["method"] != NAMES["real"]]
+    return [name for name in COLUMNS[2:] if len({result[name] for result in drawn}) > 1]
 
 
-def label(columns, names):
-    return ", ".join(f"{name} {columns[name]}" for name in names if columns[name] != "–")
+def label(result, names):
+    return ", ".join(f"{name} {result[name]}" for name in names if result[name] != "–")
 
 
 def spread(values, digits):
-    """Numbers, of which some may be NaN -> "mean ± standard deviation"; one number stands alone."""
-    values = [value for value in values if np.isfinite(value)]
-    if not values:
-        return "–"
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+    """Numbers -> "mean ± standard deviation"; one number stands alone."""
+    shown = f"{np.mean(values):.{digits}f}" if values else "–"
+    return f"{shown} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else shown
 
 
 def tables(paths):
     """Tables 1, 3, 4 and 5 from all evaluations in results.jsonl files, above the paper's, as Markdown."""
-    text, results = [], read_results(paths)
-    for dataset in dict.fromkeys(columns["dataset"] for columns, _ in results):
-        groups = [group for group in results if group[0]["dataset"] == dataset]
-        names = varying(groups)
-        headings = ["", *names, *(HEADINGS.get(name, name) for name in DIGITS), "runs"]
-        lines = [headings, ["---"] * len(headings)]
-        for columns, runs in groups:
-            line = [columns[name] for name in ("method", *names)]
-            for name, digits in DIGITS.items():
-                line.append(spread([row.get(name, math.nan) for row in runs.values()], digits))
-            lines.append([*line, len(runs)])
+    text, results = "", read_results(paths)
+    for dataset in dict.fromkeys(result["dataset"] for result in results):
+        chosen = [result for result in results if result["dataset"] == dataset]
+        names, rows = varying(chosen), []
+        for result in chosen:
+            row = {name: result[name] for name in ("method", *names)}
+            row |= {name: spread(result[name], digits) for name, digits in DIGITS.items()}
+            rows.append(dict(row, runs=result["runs"]))
         common = [name for name in COLUMNS[2:] if name not in names]
-        text.append(f"\n## {dataset}, {label(columns, common)}\n")
-        text += ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+        text += f"\n## {dataset}, {label(chosen[-1], common)}\n\n{table(rows)}\n"
         if f"| {dataset} " in PAPER:
             shown = "| paper", "| ---", f"| {dataset} "
-            text += ["", *(line for line in PAPER.splitlines() if line.startswith(shown))]
-    return "\n".join(text)
+            text += "\n" + "\n".join(line for line in PAPER.splitlines() if line.startswith(shown))
+    return text
 
 
 def write_figure_4(paths, folder):
-    """FID of the oracle against the dimension of y, one curve per reduction and budget -> the files."""
+    """FID of the oracle against the dimension of y, one curve per reduction and budget."""
     methods = NAMES["oracle"], NAMES["baseline"]
-    groups = [group for group in read_results(paths) if group[0]["method"] in methods]
-    names, rows = [name for name in varying(groups) if name != "y"], []
-    for columns, runs in groups:
-        kind, _, size = columns["y"].partition(":")
+    results = [result for result in read_results(paths) if result["method"] in methods and result["fid"]]
+    names, rows = [name for name in varying(results) if name != "y"], []
+    for result in results:
+        kind, _, size = result["y"].partition(":")
         if not size:                                          # all components; or none, which is EDM
-            kind, size = "pca", max(row["y_dim"] for row in runs.values())
-        curve = ", ".join(filter(None, (columns["dataset"], kind, label(columns, names))))
-        fids = [row["fid"] for row in runs.values() if "fid" in row]
-        budget = columns["images"], columns["n_generated"]
-        if fids:
-            rows.append([curve, *budget, int(size), np.mean(fids), np.std(fids), len(fids)])
+            kind, size = "pca", max(result["y_dim"])
+        curve = ", ".join(filter(None, (result["dataset"], kind, label(result, names))))
+        rows.append(dict(method=curve, images=result["images"], dims=int(size), fid=np.mean(result["fid"]),
+                         std=np.std(result["fid"]), runs=result["runs"]))
     if not rows:
         raise UserError("there are no evaluations of the oracle yet: train.py --stage image --y pca:8, then "
                         "evaluate.py --method oracle --y pca:8, and so on")
-    rows.sort()
-    path, columns = folder / "figure-4.csv", ["y", "images", "n", "dims", "fid", "std", "runs"]
-    save_csv(path, columns, rows)
-
-    def fill(axes):
-        plot_curves(axes, [dict(zip(("method", *columns[1:]), row)) for row in rows], "dims", "fid")
-        axes.set(xscale="symlog", yscale="log")
-
+    rows.sort(key=lambda row: (row["method"], row["dims"]))
     xlabel = "dimensions (pca) or clusters (kmeans) of y"
-    return [path, *save_figure(path.with_suffix(".png"), fill, xlabel=xlabel, ylabel="FID, oracle")]
+    save_curves(folder / "figure-4", rows, "dims", "fid", xlabel=xlabel, xscale="symlog", yscale="log")
 
 
 # ============================================================================================================
 # 7 The command line
 # ============================================================================================================
-AT_ODDS = {
-    "history": ("nearest", "checkpoint"),
-    "images": ("method", "checkpoint", "history"),
+AT_ODDS = {                                                   # of each mode: the flags that do not go with it
+    "tables": ("resolution", "y"), "figure": ("resolution", "y"), "history": ("nearest", "checkpoint"),
+    "images": ("method", "checkpoint", "history", "y", "prompt"),
     "embeddings": ("images", "method", "history", "nearest", "reference", "save_reference")}
 
 
 def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument_group("what is evaluated").add_argument
+    add = parser.add_argument_group("what is evaluated, and against what").add_argument
     add("--method", nargs="+", choices=sample.METHODS, help="what to compare (default: all that are trained)")
     add("--images", metavar="PATH", help="evaluate these instead of runs: a folder, a zip, or an .npz with "
         "arr_0 (default: none)")
@@ -1131,7 +994,6 @@ def parse():
     add("--skip-bad", action="store_true", help="leave out images that cannot be read instead of stopping "
         "(default: no)")
 
-    add = parser.add_argument_group("what it is compared with").add_argument
     add("--reference", metavar="PATH", help="these images, or an .npz of statistics: EDM's, OpenAI's, "
         "--save-reference's (default: the training images, the run's or those of --data)")
     add("--save-reference", metavar="FILE", help="write the reference's statistics, and features of 10,000 "
@@ -1162,43 +1024,43 @@ def parse():
     sample.add_sampling_flags(parser)
     args = parser.parse_args()
     args.metrics = (args.metrics or ("fid" if args.history else ",".join(METRICS))).lower().split(",")
-    unknown = set(args.metrics) - set(METRICS)
-    if unknown:
-        raise UserError(f"--metrics {unknown.pop()} is unknown: choose among {','.join(METRICS)}")
+    if not METRICS.keys() >= set(args.metrics):
+        raise UserError(f"--metrics {','.join(args.metrics)}: choose among {','.join(METRICS)}")
+    given = {name for name, value in vars(args).items() if value not in (None, False)}
     for mode, others in AT_ODDS.items():
         for other in others:
-            if getattr(args, mode) and getattr(args, other):
+            if {mode, other} <= given:
                 raise UserError(f"--{mode} and --{other.replace('_', '-')} do not go together: leave out one")
+    if args.embeddings:
+        args.method = ["2sdm"]
     if args.images and args.n and not args.nearest:
         raise UserError("--images evaluates all of them: leave out --n")
-    record = Path(args.images or "", "settings.json")
-    if args.images and not args.dataset and record.is_file():                 # a folder of sample.py
-        with contextlib.suppress(UserError), reading(record, "remove it"):
-            args.dataset = json.loads(record.read_bytes())["dataset"]
-    args.of_runs = not args.images and (bool(args.method) or not args.save_reference)
+    if args.images and not args.dataset:
+        with contextlib.suppress(Exception):                  # a folder of sample.py says whose it is
+            args.dataset = json.loads(Path(args.images, "settings.json").read_bytes())["dataset"]
+    args.of_runs = not args.images and (args.method or not args.save_reference)
     if args.of_runs and args.resolution:
         raise UserError("--resolution is for --images and --reference: runs have a resolution of their own")
-    if args.of_runs or not (args.images or args.reference):
-        sample.same_dataset(args)
     return args
 
 
 class Task:
     """What the flags mean: what is evaluated, against which images, and where its caches and results are.
 
-    dataset: None for images of no run. resolution: None until something says it. training: the images that
-    --reference would replace. files: what has been written. Raises UserError.
+    dataset: None for images of no run. resolution: of all images; None until the first say it. Raises
+    UserError.
     """
 
-    def __init__(self, args, device):
-        self.args, self.device, self.resolution, self.files = args, device, args.resolution, []
-        self.pipelines, self.config, self.dataset = [], None, None
+    def __init__(self, args):
+        self.args, self.device = args, twosdm.pick_device(args.device)
+        self.pipelines, self.config, self.dataset, self.resolution = [], None, None, args.resolution
+        if args.of_runs or not (args.images or args.reference):
+            sample.same_dataset(args)
         if args.of_runs:
-            self.pipelines = find_pipelines(args, device)
+            self.pipelines = find_pipelines(args, self.device)
             # A published network does not say where its training images are.
-            base = next((p for p in self.pipelines if p.data["fingerprint"]), self.pipelines[0])
+            base = max(self.pipelines, key=lambda p: p.data["fingerprint"] is not None)
             self.config = train.restore_config(dict(base.config, dataset=args.dataset or base.dataset))
-            self.resolution = base.resolution
         elif args.dataset:
             self.config = train.configure(args.dataset, "image")
             with contextlib.suppress(UserError):              # its newest run, if there is one
@@ -1209,28 +1071,12 @@ class Task:
         self.out = Path(args.out or self.folder)
         if args.images:
             self.images = self.open(args.images)
-        if not args.reference:
-            self.training = self.training_images()
+        elif self.config:
+            self.resolution = self.config.resolution
 
     def open(self, path):
-        """A folder, a zip or an .npz of images -> Images.
-
-        In files, squares of one size stay as they are; others need the resolution to become. Everything else
-        is as in training: center squares by Lanczos, transparency on white, 16 bits to 8.
-        """
-        if path.endswith(".npz"):
-            return self.of_one_size(npz_images(path, self.folder))
-        side = self.resolution or common_side(path)
-        if side is None:
-            raise UserError(f"{path} holds images of several sizes, or not square: say with --resolution "
-                            f"what side their center squares shall have")
-        drawn = Path(path, "settings.json").is_file()         # by sample.py: its grid is no sample
-        skip_bad = self.args.skip_bad and not drawn
-        images = twosdm.prepare_images(path, side, self.folder / "data", skip_bad)
-        if drawn:
-            grids = [name.startswith("grid") for name in twosdm.ImageFiles(path).names]
-            images = images.subset(np.flatnonzero(np.invert(grids)))
-        return self.of_one_size(images)
+        """A folder, a zip or an .npz of images -> Images."""
+        return self.of_one_size(npz_images(path) if path.endswith(".npz") else file_images(path, self))
 
     def of_one_size(self, images):
         """The same images, if they are of the resolution of all others."""
@@ -1241,17 +1087,14 @@ class Task:
         return images
 
     def real(self):
-        """What the samples are compared with."""
-        return self.open(self.args.reference) if self.args.reference else self.training
-
-    def training_images(self):
-        """Those of the runs or the preset, or of --data."""
+        """What samples are compared with: --reference, or the training images of the runs or the preset."""
         args, config = self.args, self.config
-        if not config and not args.data:
+        path = args.reference or (not config and args.data)
+        if path:
+            return self.open(path)
+        if not config:
             raise UserError("--images are compared with what? Add --reference PATH, or --dataset to take its "
                             "training images")
-        if not config:
-            return self.open(args.data)
         config.runs, config.data = args.runs, args.data or config.data
         config.skip_bad = args.skip_bad or config.skip_bad
         images = twosdm.load_images(config, self.pipelines[0].autoencoder if self.pipelines else None)
@@ -1264,22 +1107,20 @@ class Task:
         """Yields (description, Images, Pipeline or None); nothing is drawn before it is looked at."""
         args, n = self.args, self.args.n
         if args.images:
-            yield dict(method=Path(args.images).name, images=args.images), self.images, None
-        if n is None:
-            n = 20_000 if args.history else 50_000
-            if self.dataset in ("shapes", "folder"):
-                n = 1000
-            if args.nearest:
-                n = 100
+            yield dict(method=Path(args.images).name), self.images, None
+        if args.nearest:
+            n = n or 100
+        if self.dataset in ("shapes", "folder"):
+            n = n or 1000
+        n = n or (20_000 if args.history else 50_000)
         if self.dataset == "shapes" and self.pipelines and not args.history:
             first = self.pipelines[0].data["count"]           # others are what a perfect model would draw
             world = twosdm.shapes_world(torch.arange(first, first + n), self.resolution, self.config.seed)
             yield dict(method="real"), world, None
         for pipeline in self.pipelines:
             for each in history(pipeline, args, self.device) if args.history else [pipeline]:
-                described = dict(each.describe(), images=each.seen)
-                images = samples(each, args.seed, n, self.folder, args.batch)
-                yield described, self.of_one_size(images), each
+                images = self.of_one_size(samples(each, args.seed, n))
+                yield dict(each.describe(), images=each.seen), images, each
 
     def protocol(self, **more):
         return dict(more, dataset=self.dataset, resolution=self.resolution, seed=self.args.seed)
@@ -1297,9 +1138,11 @@ class Task:
 def find_pipelines(args, device):
     """The methods to compare, all on the same images. UserError, but for methods that nobody asked for."""
     sample.load_given(args.checkpoint, args.method or ())     # refuses those of no use
-    asked, pipelines = args.method or (["2sdm"] if args.embeddings else []), []
+    asked, pipelines = args.method, []
     for method in asked or sample.METHODS:
         try:
+            if args.y and method in ("baseline", "joint"):
+                raise UserError(f"--y {args.y}: there is no y to choose for --method {method}, leave one out")
             if asked or method != "oracle" or not args.history:
                 pipelines.append(sample.Pipeline(args, method, device))
             if len({p.data["fingerprint"] for p in pipelines} - {None}) > 1:
@@ -1307,10 +1150,9 @@ def find_pipelines(args, device):
                 raise UserError(f"--method {method} was trained on other images than {pipelines[0].method}: "
                                 f"evaluate one at a time")
         except UserError as error:
-            missing, flag = "has no trained" in str(error), str(error).startswith("--")
-            if asked or not (missing or flag):
+            if asked:
                 raise
-            if flag:
+            if "has no trained" not in str(error):
                 say(f"left out: {method} ({error})")
     if not pipelines:
         raise UserError(f"{args.runs} has no trained models of use here: run python train.py first, give "
@@ -1319,14 +1161,14 @@ def find_pipelines(args, device):
 
 
 def history(pipeline, args, device):
-    """Yields the pipeline with each snapshot of its image model in the newest's place, and it at the end."""
-    newest, seen = Path(pipeline.file), None
-    for path in [*sorted(newest.parent.glob("snapshot-*.pt")), newest]:
+    """Yields the pipeline with each snapshot of its image model, the last of which is the end of its run."""
+    folder = Path(pipeline.file).parent
+    paths = sorted(folder.glob("snapshot-*.pt"))
+    if folder / f"snapshot-{pipeline.seen:010d}.pt" not in paths:             # the run was stopped later
+        paths.append(pipeline.file)
+    for path in paths:
         at_path = argparse.Namespace(**dict(vars(args), checkpoint=[path]))
-        snapshot = sample.Pipeline(at_path, pipeline.method, device)
-        if snapshot.seen != seen:                             # the last snapshot may be the end of the run
-            yield snapshot
-        seen = snapshot.seen
+        yield sample.Pipeline(at_path, pipeline.method, device)
 
 
 def main():
@@ -1336,32 +1178,29 @@ def main():
         if not paths:
             raise UserError(f"{args.runs} has no results.jsonl yet: run evaluate.py, or give --tables FILE")
         text = tables(paths)
-        files = write_figure_4(paths, Path(args.out or args.runs)) if args.figure else []
+        if args.figure:
+            write_figure_4(paths, Path(args.out or args.runs))
     else:
-        device = twosdm.pick_device(args.device)
-        task, mode, text = Task(args, device), measure, ""
+        task, mode, text = Task(args), measure, ""
         if args.nearest:
             mode = find_copies
         if args.embeddings:
             mode = compare_embeddings
-        for row in mode(task, device):
+        for row in mode(task):
             rows.append(row)
             task.keep(row)
-        files = task.files
-        if args.history:
-            files += write_history(task.out, rows, [m for m in METRICS if m in rows[0]])
         if rows:
-            columns, protocol = [name for name in SHOWN if name in rows[0]], rows[0]["protocol"]
-            text = (f"{task.dataset or args.images} {task.resolution}x{task.resolution}, "
-                    f"{protocol['n_generated']} samples against {protocol['n_real'] or args.reference} "
-                    f"training images, {protocol.get('features') or protocol['metric']}\n")
-            text += table(rows, ["images"] * args.history + columns)
-    print(json.dumps(rows, indent=1) if args.json == "-" else text)
+            protocol = rows[-1]["protocol"]
+            names = [name for name in SHOWN if all(row.get(name) is not None for row in rows)]
+            shown = [{name: row[name] for name in names} for row in rows]
+            text = f"{label(protocol, protocol)}\n\n{table(shown)}"
+            if args.history:                                  # Fig. 5
+                save_curves(task.out / "history", shown, "images", names[2])
+    record = json.dumps(rows, indent=1)
+    print(record if args.json == "-" else text)
     if args.json not in (None, "-"):
         with written(args.json) as file:
-            file.write(json.dumps(rows, indent=1).encode())
-    for path in files:
-        say(f"-> {path}")
+            file.write(record.encode())
     return 0
 
 

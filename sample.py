@@ -13,20 +13,21 @@ Image i depends on seed + i alone, but for rounding: not on the batch or the num
 the grid; all else goes to standard error.
 """
 import argparse
+import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import math
+import os
 import sys
+import tempfile
 import time
-import zipfile
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -35,7 +36,7 @@ import twosdm
 from twosdm import UserError
 
 METHODS = {"2sdm": ("prior", "image"), "oracle": ("image",), "baseline": ("baseline",), "joint": ("joint",)}
-AGAIN = "train it again, or give another with --checkpoint"
+RECORDED = "steps image_steps churn s_noise label prompt guidance temperature".split()
 
 
 # ============================================================================================================
@@ -50,59 +51,53 @@ class Pipeline:
     """
 
     def __init__(self, args, method, device, own_images=False):
-        self.args, self.method, self.device = args, method, device
+        self.args = args = argparse.Namespace(**vars(args))                   # its own, to be completed
+        self.method, self.device = method, device
         self.batches = []                             # of each: seconds of stage 1, of stage 2, images
         self.precision = twosdm.set_precision(args.precision, device, auto="tf32")
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
         self.runs = find_checkpoints(args, method)                            # {stage: checkpoint}
-        self.files = {stage: run["file"] for stage, run in self.runs.items()}
-        with twosdm.reading(" and ".join(map(str, self.files.values())), AGAIN):
-            self.load(own_images)
-
-    def load(self, own_images):
-        """Everything that the checkpoints say, and what they need besides."""
-        args, last = self.args, "baseline" if self.method == "baseline" else "image"
-        self.networks = {stage: self.load_network(run) for stage, run in self.runs.items()}
-        self.prior, self.image_model = self.networks.get("prior"), self.networks[last]
-        self.run, self.file = self.runs[last], self.files[last]
-        self.dataset, self.data, self.seen = self.run["dataset"], self.run["data"], self.run["seen"]
-        self.config, self.packed_embedder = self.run["config"], self.run["embedder"]
+        self.networks = {}
+        for stage, run in self.runs.items():          # the last of which is that of the image model
+            with twosdm.reading(run["file"], "train it again, or give another --checkpoint"):
+                self.networks[stage] = network = twosdm.load_denoiser(run, device)
+            run.pop("ema")                            # gigabytes, and no longer of use
+            twosdm.compile_network(network.net, args.compile, device)
+        self.prior, self.image_model, self.run = self.networks.get("prior"), network, run
         self.resolution = self.config["resolution"]
-        self.y_dim = self.packed_embedder["dim"] if self.packed_embedder else 0
         self.check()
         self.class_counts = self.count_classes()
-        churn = self.config["churn"] if args.churn is None else args.churn
-        steps = args.steps or self.config["steps"]
-        self.sampler = twosdm.Sampler(steps, churn, s_noise=args.s_noise)
-        self.image_sampler = twosdm.Sampler(
-            args.image_steps or steps, churn, s_noise=args.s_noise, guidance=args.guidance)
+        args.steps = args.steps or self.config["steps"]
+        args.image_steps = args.image_steps or args.steps
+        args.churn = self.config["churn"] if args.churn is None else args.churn
+        self.sampler = twosdm.Sampler(args.steps, args.churn, s_noise=args.s_noise)
+        self.image_sampler = dataclasses.replace(
+            self.sampler, steps=args.image_steps, guidance=args.guidance)
         self.caption, self.autoencoder, self.images = None, None, None
-        if args.prompt is not None:                   # a word that it does not know is said here
+        if args.prompt:                               # a word that it does not know is said here
             clip = getattr(self.embedder, "inner", self.embedder)             # beneath a PCA
             self.caption = clip.text_condition([args.prompt])                 # (1, A)
         if self.config["vae"]:
-            self.autoencoder = twosdm.Autoencoder(args.vae or self.config["vae"]).to(self.device)
-        if self.method == "oracle" and not own_images:
+            self.autoencoder = twosdm.Autoencoder(args.vae or self.config["vae"]).to(device)
+        if method == "oracle" and not own_images:
             self.images = self.training_images()
 
-    def load_network(self, run):
-        network = twosdm.load_denoiser(run, self.device)
-        for weights in ("net", "ema", "optimizer"):   # gigabytes, and no longer of use
-            run.pop(weights, None)
-        twosdm.compile_network(network.net, self.args.compile, self.device)
-        return network
+    def __getattr__(self, name):
+        """Whatever the checkpoint of the image model says: file, dataset, data, config, seen, ..."""
+        return self.run[name]
 
     def check(self):
         """Raises UserError for networks that do not fit each other, and for flags that they cannot follow."""
         args, prior, a = self.args, self.runs.get("prior", {}), self.config["a"]
         if prior:
-            pair, a = f"{prior['file']} and {self.file}", prior["config"]["a"]
-            if prior["fingerprints"] != self.run["fingerprints"]:
-                raise UserError(f"{pair} were trained on different images or embeddings: train both with the "
-                                f"same settings")
-            if self.config["a"] != a.replace("text", "none"):                 # captions are for priors alone
-                raise UserError(f"{pair} were trained with different classes: train both with the same --a "
-                                f"(and the image model with --a none if the prior has --a text)")
-        if (a == "text") != (args.prompt is not None):
+            a = prior["config"]["a"]
+            # Captions are for priors alone.
+            told = prior["fingerprints"], a.replace("text", "none")
+            if told != (self.fingerprints, self.config["a"]):
+                raise UserError(f"{prior['file']} and {self.file} were trained on different images or "
+                                f"embeddings or with different classes: train both with the same settings "
+                                f"(but the image model with --a none if the prior has --a text)")
+        if (a == "text") != bool(args.prompt):
             raise UserError("--prompt needs a prior that knows captions, and such a prior needs a --prompt: "
                             "python train.py --stage prior --a text")
         if args.temperature != 1 and "y_mean" not in prior:
@@ -117,9 +112,9 @@ class Pipeline:
         label = self.args.label
         if label is None:
             return counts
-        chosen = [count if i == label else 0 for i, count in enumerate(counts)]
+        chosen = [count * (i == label) for i, count in enumerate(counts)]
         if not any(chosen):
-            names = [f"{i} {self.data['classes'][i]}" for i, count in enumerate(counts) if count]
+            names = [f"{i} {name}" for i, name in enumerate(self.data["classes"][:len(counts)])]
             known = ", ".join(names)[:300] or f"none, as {self.file} was trained without classes (--a class)"
             raise UserError(f"--class {label}: the classes are {known}")
         return chosen
@@ -127,23 +122,17 @@ class Pipeline:
     @functools.cached_property
     def embedder(self):
         """e_i, loaded when it is first asked for, since 2SDM draws without it; None without y."""
-        if self.packed_embedder is None:
+        if self.run["embedder"] is None:
             return None
         weights = self.args.clip_weights or self.config["clip_weights"]
-        with twosdm.reading(self.file, AGAIN):
-            return twosdm.unpack_embedder(self.packed_embedder, weights).to(self.device)
+        return twosdm.unpack_embedder(self.run["embedder"], weights).to(self.device)
 
     def training_images(self):
-        assert self.packed_embedder or twosdm.told_nothing(self.config["y"])
         config = train.restore_config(self.config)
         config.runs, config.data = self.args.runs, self.args.data or config.data
-        if config.data and not Path(config.data).exists():
-            raise UserError(f"{config.data} does not exist: give the training images with --data")
         images = twosdm.load_images(config, self.autoencoder)
         if images.fingerprint != self.data["fingerprint"]:
             raise UserError("the training images are not those of this run: give its own with --data")
-        if self.args.label is not None:
-            images = images.subset(np.flatnonzero(images.labels == self.args.label))
         return images
 
     @torch.no_grad()
@@ -152,38 +141,37 @@ class Pipeline:
 
         `noise` takes the place of the prior's own noise of these seeds.
         """
-        y, a, rows = None, None, None
-        if self.images is not None:                                           # the oracle
-            rows = pick("image", seeds, [1] * len(self.images))
+        y, a, counts = None, None, self.class_counts
+        if self.images:                                                       # the oracle
+            label, labels = self.args.label, self.images.labels
+            rows = pick("image", seeds, [1] * len(self.images) if label is None else labels == label)
             y = self.embed(self.images, rows)
-        if self.class_counts:
-            numbers = pick("class", seeds, self.class_counts) if rows is None else self.images.labels[rows]
-            a = self.one_hot(numbers, len(self.class_counts))
-        if self.prior is not None:
+        if counts:
+            a = self.one_hot(labels[rows] if self.images else pick("class", seeds, counts), counts)
+        if self.prior:
             y = self.sample_prior(noise or twosdm.SampleNoise(seeds, self.device), a)
-        elif self.method == "2sdm" and self.packed_embedder:                  # Class-cond
-            counts = self.packed_embedder["reduction"]["counts"].tolist()
-            y = self.one_hot(pick("cluster", seeds, counts), len(counts))
+        elif self.method == "2sdm" and self.run["embedder"]:                  # Class-cond
+            counts = self.run["embedder"]["reduction"]["counts"].tolist()
+            y = self.one_hot(pick("cluster", seeds, counts), counts)
         return y, a
 
     def sample_prior(self, noise, a):
         """Eq. 2: y ~ p(y | a), where a is the class or the caption: noise of B rows -> (B, D)."""
         if self.caption is not None:
             a = self.caption.expand(len(noise), -1)
-        with self.autocast():
+        with self.autocast:
             y = twosdm.sample_embeddings(self.prior, noise, a, self.sampler)
         if self.args.temperature != 1:
-            mean = self.runs["prior"]["y_mean"].to(self.device)
-            y = mean + self.args.temperature * (y - mean)
-        check_finite(y, self.files["prior"])
+            y = self.runs["prior"]["y_mean"].to(y).lerp(y, self.args.temperature)
+        check_finite(y, self.runs["prior"]["file"])
         return y
 
     @torch.no_grad()
     def render(self, noise, y, a):
         """Stage 2: x ~ p(x | y, a), noise of B rows and what `conditions` gives -> (B, R, R, 3) uint8."""
-        with self.autocast():
+        with self.autocast:
             x = twosdm.sample_images(self.image_model, noise, y, a, self.image_sampler)
-        if self.autoencoder is not None:
+        if self.autoencoder:
             x = self.autoencoder.decode(x)
         check_finite(x, self.file)
         return twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
@@ -202,25 +190,22 @@ class Pipeline:
         """y = e_i(x) of rows (B,) of a set of images -> (B, D); None without y."""
         return self.embedder and self.embedder(images.batch(rows, self.device))
 
-    def one_hot(self, numbers, count):
-        return torch.eye(count, device=self.device)[numbers]
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+    def one_hot(self, numbers, counts):
+        """The rows of as many classes as there are counts: (B,) -> (B, A)."""
+        return torch.eye(len(counts), device=self.device)[numbers]
 
     def describe(self):
         """What the images depend on, for the record."""
         args, runs = self.args, self.runs.items()
         return dict(
+            {name: vars(args)[name] for name in RECORDED},
             sampler="Algorithm 2, streams by name", device=self.device.type, method=self.method,
-            dataset=self.dataset, steps=self.sampler.steps, image_steps=self.image_sampler.steps,
-            churn=self.sampler.s_churn, s_noise=args.s_noise, label=args.label, arithmetic=self.precision,
-            y=self.config["y"], y_dim=self.y_dim, prompt=args.prompt,
-            guidance=args.guidance, temperature=args.temperature,
+            dataset=self.dataset, arithmetic=self.precision, y=self.config["y"],
+            y_dim=(self.run["embedder"] or dict(dim=0))["dim"],
             train_seed=self.seen and self.config["seed"],         # a published network does not tell it
             tags=[f"{stage} {run['config']['tag']}" for stage, run in runs if run["config"]["tag"]],
             vae=self.autoencoder and twosdm.fingerprint(self.autoencoder),
-            fingerprints=self.run["fingerprints"], images_seen={stage: run["seen"] for stage, run in runs},
+            fingerprints=self.fingerprints, images_seen={stage: run["seen"] for stage, run in runs},
             networks={stage: twosdm.fingerprint(network) for stage, network in self.networks.items()})
 
     def timing(self):
@@ -228,12 +213,13 @@ class Pipeline:
 
         The first of several batches is left out: it warms up caches, kernels and clocks.
         """
-        if not self.batches:
-            return None
-        prior, image, images = np.sum(self.batches[1:] or self.batches, 0)
-        return dict(ms_per_image=round(1000 * (prior + image) / images, 3),
-                    prior_share=round(prior / (prior + image), 5), images=int(images),
-                    batch=self.args.batch, device=device_name(self.device))
+        if self.batches:
+            prior, image, images = np.sum(self.batches[1:] or self.batches, 0)
+            device = f"{self.device.type}, {torch.get_num_threads()} threads"
+            if self.device.type == "cuda":
+                device = torch.cuda.get_device_name(self.device)
+            return dict(ms_per_image=1000 * (prior + image) / images, prior_share=prior / (prior + image),
+                        images=int(images), batch=self.args.batch, device=device)
 
 
 def pick(stream, seeds, counts):
@@ -249,12 +235,6 @@ def check_finite(samples, file):
                         f"snapshot with --checkpoint")
 
 
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
-
-
 # ============================================================================================================
 # 2 What to draw: independent images, an interpolation, variations
 # ============================================================================================================
@@ -264,110 +244,92 @@ def slerp(start, end, way):
     Directions move along the great circle, lengths in proportion. Gaussian noise of many dimensions lies on a
     sphere; halfway along a straight line it would be shorter by 30 %, which no denoiser has ever seen.
     """
-    a, b = start.cpu().double().flatten(), end.cpu().double().flatten()       # Apple's GPU has no float64
-    way = torch.as_tensor(way, dtype=torch.float64)[:, None]                  # (T, 1)
-    length = (1 - way) * a.norm() + way * b.norm()
-    a, b = F.normalize(a, dim=0), F.normalize(b, dim=0)
+    ends = torch.stack([start, end]).cpu().double().flatten(1)                # Apple's GPU has no float64
+    way = torch.as_tensor(way, dtype=torch.float64)
+    shares = torch.stack([1 - way, way], dim=1)                               # (T, 2)
+    lengths = ends.norm(dim=1, keepdim=True)                                  # (2, 1)
+    directions = ends / lengths.clip(1e-12)                                   # (2, D)
     # Between parallel ends there is no one circle: clipped, they are not quite parallel.
-    angle = (a @ b).clip(-1 + 1e-12, 1 - 1e-12).acos()
-    between = length * (((1 - way) * angle).sin() * a + (way * angle).sin() * b) / angle.sin()
+    angle = directions.prod(dim=0).sum().clip(-1 + 1e-12, 1 - 1e-12).acos()
+    turned = (shares * angle).sin() @ directions / angle.sin()
+    between = shares @ lengths * turned
     return between.unflatten(1, start.shape).to(start)           # rounded to float32, the ends are exact
 
 
+@dataclasses.dataclass
 class NoiseBetween(twosdm.SampleNoise):
     """A Sampler's noise on the way between two seeds (Appendix C): row i at way[i] in [0, 1].
 
     `ends` is the noise of the two seeds. Rows at 0 and 1 are theirs, to the bit.
     """
 
-    def __init__(self, ends, way):
-        self.ends, self.way = ends, way
+    ends: twosdm.SampleNoise
+    way: torch.Tensor
 
     def __len__(self):
         return len(self.way)
 
     def randn(self, *shape):
         """randn(B, ...) -> (B, ...) float32."""
-        start, end = self.ends.randn(2, *shape[1:])
-        return slerp(start, end, self.way)
+        return slerp(*self.ends.randn(2, *shape[1:]), self.way)
 
 
 class Job(NamedTuple):
-    """Which images to make, how, and how the grid shows them."""
-    names: dict                     # key of each image, such as its seed -> file name
-    make: Callable                  # keys (B,) -> (B, R, R, 3) uint8
+    """A table of images, in which those of a row share y and a."""
+    rows: range
     columns: int
-    rows: int                       # of the grid, at most
-    recorded: dict = {}             # what the images depend on beside Pipeline.describe()
-    given: "np.ndarray | None" = None        # images (rows, R, R, 3) that come first in their rows
+    name: str                       # of the file of a row and a column, to be formatted
+    inputs: Callable                # rows [B], columns [B] -> what Pipeline.render takes
+    recorded: dict                  # what the images depend on beside Pipeline.describe()
+    given: twosdm.Images | None = None       # images that come first in their rows
 
 
-def independent(pipeline, args):
-    """--n images, each with y and noise of its own."""
-    n = args.n or 64
-    names = {seed: f"{seed:06d}.png" for seed in range(args.seed, args.seed + n)}
-    return Job(names, pipeline, columns=min(8, n), rows=8)
+def samples(pipeline, args):
+    """Images of the y of each seed, or (--like) of each given image: one of each or, with --same-y, K."""
+    columns, given, recorded = args.same_y or 1, None, dict(same_y=bool(args.same_y))
+    rows = math.ceil((args.n or 64) / columns)
+    if args.like:
+        given, columns = read_images(args.like, pipeline.resolution), args.same_y or 8
+        rows, recorded = len(given), dict(like=given.fingerprint, seed=args.seed)
+
+    def inputs(rows, columns):
+        y, a = pipeline.conditions(rows)
+        if given:
+            y = pipeline.embed(given, np.subtract(rows, args.seed))
+        # The first image of a row is what its seed alone would give; the others do not depend on K.
+        seeds = [twosdm.mix_seed("variation", seed, column) if column else seed
+                 for seed, column in zip(rows, columns)]
+        return twosdm.image_noise(seeds, pipeline.device), y, a
+
+    name = "{:06d}-{:02d}.png" if args.like or args.same_y else "{:06d}.png"
+    return Job(range(args.seed, args.seed + rows), columns, name, inputs, recorded, given)
 
 
 def interpolation(pipeline, args):
     """--interpolate N, Appendix C: y changes from row to row, the image noise from column to column."""
     side, ends, device = args.interpolate, [args.seed, args.seed + 1], pipeline.device
     way = torch.linspace(0, 1, side, dtype=torch.float64)
-    rows = way if args.slerp == "noise" else way[[0, -1]]
-    noise = NoiseBetween(twosdm.SampleNoise(ends, device), rows)
-    y, a = pipeline.conditions([args.seed] * len(rows), noise)                # of one class, the first seed's
+    noise = NoiseBetween(twosdm.SampleNoise(ends, device), way)
+    y, a = pipeline.conditions([args.seed] * side, noise)                     # of one class, the first seed's
     if args.slerp == "y":
-        y = slerp(*y, way)                                                    # (2, D) -> (N, D)
+        y = slerp(y[0], y[-1], way)                                           # (N, D)
 
-    def make(cells):
-        rows, columns = np.array(cells).T                                     # (B,), (B,)
+    def inputs(rows, columns):
         noise = NoiseBetween(twosdm.image_noise(ends, device), way[columns])
-        return pipeline.render(noise, y[rows], None if a is None else a[:1].expand(len(cells), -1))
+        return noise, y[rows], a if a is None else a[rows]
 
-    names = {(row, column): f"row{row:02d}-column{column:02d}.png"
-             for row in range(side) for column in range(side)}
-    return Job(names, make, side, side, dict(interpolate=side, slerp=args.slerp, seed=args.seed))
-
-
-def variations(pipeline, args):
-    """--same-y K: K images of each y, that of a seed or, with --like, the embedding of a given image."""
-    columns, given, recorded = args.same_y or 8, None, dict(same_y=True)
-    rows = math.ceil((args.n or 8 * columns) / columns)
-    if args.like:
-        given, rows = read_images(args.like, pipeline.resolution), len(args.like)
-        recorded = dict(like=[hashlib.sha256(image).hexdigest()[:12] for image in given], seed=args.seed)
-
-    @functools.cache
-    def condition(row):
-        """y and a, which all images of a row share to the bit."""
-        y, a = pipeline.conditions([args.seed + row])
-        return y if given is None else pipeline.embed(twosdm.Images("given", given, ""), [row]), a
-
-    def make(cells):
-        y, a = zip(*[condition(row) for row, _ in cells])
-        # The first image of a row is what its seed alone would give; the others do not depend on K.
-        seeds = [args.seed + row if k == 0 else twosdm.mix_seed("variation", args.seed + row, k)
-                 for row, k in cells]
-        noise = twosdm.image_noise(seeds, pipeline.device)
-        return pipeline.render(noise, torch.cat(y), None if a[0] is None else torch.cat(a))
-
-    names = {(row, k): f"{args.seed + row:06d}-{k:02d}.png" for row in range(rows) for k in range(columns)}
-    return Job(names, make, columns, 64, recorded, given)
+    recorded = dict(interpolate=side, slerp=args.slerp, seed=args.seed)
+    return Job(range(side), side, "row{:02d}-column{:02d}.png", inputs, recorded)
 
 
 # ============================================================================================================
 # 3 Finding the runs
 # ============================================================================================================
-def stages(method, y):
-    """The runs that a method needs. Clusters are drawn by their frequency, without a prior: Class-cond."""
-    return ("image",) if method == "2sdm" and not twosdm.has_prior(y) else METHODS[method]
-
-
 def newest(args, *names):
     """The checkpoint trained last of runs of these names, of --dataset if it is given; None without any."""
     found = [path for name in names
              for path in Path(args.runs).glob(f"{args.dataset or '*'}/{name}/checkpoint.pt")]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return max(found, key=os.path.getmtime, default=None)
 
 
 def same_dataset(args):
@@ -379,55 +341,49 @@ def same_dataset(args):
 
 def find_run(args, stage, y=None):
     """The newest checkpoint of a stage (for this y) below args.runs, of args.dataset if it is given."""
-    y, a = y or args.y or "clip", "none"
+    y = y or args.y or "clip"
     twosdm.check_y(y)
-    flags = f"--stage {stage} --y {y}"
-    if stage == "prior" and args.prompt is not None:
-        a, flags = "text", flags + " --a text"
+    a = "text" if stage == "prior" and args.prompt else "none"
     name = twosdm.run_name(stage, y, a)
     path = newest(args, name)
     if path is None:
         raise UserError(f"{args.runs} has no trained '{name}' of --dataset {args.dataset or 'any'}: run "
-                        f"python train.py first (for this alone: {flags}), or say with --runs where it is")
+                        f"python train.py first (for this alone: --stage {stage} --y {y} --a {a}), or say "
+                        f"with --runs where it is")
     return path
 
 
-def load(path, **expected):
+def load(path, stage=None):
     """A checkpoint by train.py, with its file's name; EDM's .pkl files are baselines."""
     edm = str(path).endswith(".pkl")
-    checkpoint = twosdm.edm_checkpoint(path) if edm else twosdm.load_checkpoint(path, **expected)
-    with twosdm.reading(path, AGAIN):
-        config = vars(train.restore_config(checkpoint["config"]))
-        return dict(checkpoint, file=path, config=config, stage=str(checkpoint["stage"]))
+    checkpoint = twosdm.edm_checkpoint(path) if edm else twosdm.load_checkpoint(path, stage)
+    config = vars(train.restore_config(checkpoint["config"]))
+    return dict(checkpoint, file=path, config=config, net=None, optimizer=None)         # gigabytes of no use
 
 
 def load_given(paths, methods=()):
-    """{stage: (path, checkpoint)} of the files of --checkpoint, each of use to one of the methods."""
-    given = {}
+    """{stage: checkpoint} of the files of --checkpoint, each of use to one of the methods (none: to any)."""
+    useful, given = {stage for method in methods or METHODS for stage in METHODS[method]}, {}
     for path in paths or ():
         checkpoint = load(path)
         stage = checkpoint["stage"]
-        if stage in given:
-            raise UserError(f"--checkpoint: {given[stage][0]} and {path} are both of the stage {stage}: give "
-                            f"one of each")
-        if not any(stage in METHODS[method] for method in methods or METHODS):
-            raise UserError(f"--checkpoint: {path} is of the stage {stage}, for which --method "
-                            f"{' '.join(methods)} has no use")
-        given[stage] = path, checkpoint
+        if stage in given or stage not in useful:
+            raise UserError(f"{path} is of the stage {stage}: give --checkpoint at most one file of each of "
+                            f"the stages that --method {' '.join(methods or METHODS)} has")
+        given[stage] = checkpoint
     return given
 
 
 def find_checkpoints(args, method):
     """{stage: checkpoint} of a method's networks: those given, and for the others the newest."""
-    given, y, found = load_given(args.checkpoint), args.y or "clip", {}
+    given, y, stages = load_given(args.checkpoint, args.method), args.y or "clip", METHODS[method]
     if "image" in given:
-        y = given["image"][1]["config"]["y"]
-        if args.y not in (None, y):
-            raise UserError(f"{given['image'][0]} was trained with --y {y}: leave --y {args.y} out")
-    for stage in stages(method, y):
-        found[stage] = given[stage][1] if stage in given else load(find_run(args, stage, y), stage=stage)
-    if method == "2sdm" and "prior" in given and "prior" not in found:
-        raise UserError(f"--y {y} is drawn without a prior: leave {given['prior'][0]} out")
+        y = given["image"]["config"]["y"]
+    if args.y and (args.y != y or "image" not in stages):
+        raise UserError(f"--y {args.y} does not fit --method {method} or --checkpoint: leave one of them out")
+    if method == "2sdm" and not twosdm.has_prior(y) and "prior" not in given:
+        stages = ("image",)                           # clusters are drawn by their frequency: Class-cond
+    found = {stage: given.get(stage) or load(find_run(args, stage, y), stage) for stage in stages}
     if method == "joint":
         return {stage: part_of(found["joint"], stage) for stage in ("prior", "image")}
     return found
@@ -449,63 +405,70 @@ def open_folder(out, settings, default):
     for folder in [Path(out)] if out else numbered:
         folder.mkdir(parents=True, exist_ok=True)
         record = folder / "settings.json"
-        content = record.read_bytes() if record.is_file() else b""
-        others = [file for file in folder.iterdir() if not file.name.startswith((".", record.name))]
-        if not others and not content.endswith(b"}"):             # new, or some failure cut the record short
+        if not any(folder.glob("[!.]*")):             # new, or its record failed
             with twosdm.written(record) as file:
                 file.write(settings)
-            return folder
-        if content == settings:
+        if record.is_file() and record.read_bytes() == settings:
             return folder
     raise UserError(f"{out} holds something else already: give another --out")
 
 
 def read_images(paths, resolution):
-    """Image files, treated as training images are -> (N, R, R, 3) uint8."""
+    """Image files, treated as training images are -> Images."""
     pixels = []
     for path in paths:
         with twosdm.reading(path, "--like needs image files"):
             pixels.append(twosdm.read_square(Path(path).read_bytes(), resolution))
-    return np.stack(pixels)
+    pixels = np.stack(pixels)
+    return twosdm.Images("given", pixels, hashlib.sha256(pixels).hexdigest()[:12])
 
 
-def read_sample(path):
-    with twosdm.reading(path, "delete it, and the same command draws it again"):
-        return np.asarray(Image.open(path))
+def fill(folder, pipeline, job, batch):
+    """Draws the images of a job that its folder lacks; of several processes, each a part of them."""
+    cells = itertools.product(job.rows, range(job.columns))
+    missing = [cell for cell in cells if not (folder / job.name.format(*cell)).exists()]
+    twosdm.gather(None)                               # nobody draws before all have looked
+    batches = twosdm.share([missing[i:i + batch] for i in range(0, len(missing), batch)])
+    for cells in tqdm(batches, desc=pipeline.method, unit=" batches"):
+        rows, columns = map(list, zip(*cells))
+        pixels = pipeline.render(*job.inputs(rows, columns))
+        for cell, image in zip(cells, pixels):
+            twosdm.save_picture(folder / job.name.format(*cell), image)
+    twosdm.gather(None)
 
 
 def grid(job, folder):
-    """The first rows of a job's images as one picture."""
-    names, columns = list(job.names.values())[:job.rows * job.columns], job.columns
-    shown = [read_sample(folder / name) for name in names]
-    if job.given is not None:
-        columns += 1
-        for row, image in enumerate(job.given[:job.rows]):
-            shown.insert(row * columns, image)
-    return twosdm.image_grid(np.stack(shown), columns)
+    """The first 64 rows of a job's images as one picture; rows of one image stand side by side."""
+    shown = []
+    for i, row in enumerate(job.rows[:64]):
+        if job.given:
+            shown.append(job.given.pixels[i])
+        paths = [folder / job.name.format(row, column) for column in range(job.columns)]
+        shown += [np.asarray(Image.open(path)) for path in paths]
+    width = job.columns + bool(job.given)
+    return twosdm.image_grid(np.stack(shown), width if width > 1 else 8)
 
 
-def write_npz(folder, shape):
+def write_npz(folder):
     """samples.npz: a folder's images as `arr_0` (N, R, R, 3) uint8 in the order of their `seeds` (N,).
 
-    Streamed: memory does not grow with N.
+    By way of a file: memory does not grow with N.
     """
-    seeds = sorted(int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit())
-    header = dict(descr="|u1", fortran_order=False, shape=(len(seeds), *shape))
-    with twosdm.written(folder / "samples.npz") as fresh, zipfile.ZipFile(fresh, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for seed in tqdm(seeds, desc="samples.npz", unit=" images"):
-                file.write(read_sample(folder / f"{seed:06d}.png").tobytes())
-        with archive.open("seeds.npy", "w") as file:
-            np.save(file, seeds)
-    print(f"{folder / 'samples.npz'} holds all {len(seeds)} images of the folder", file=sys.stderr)
+    seeds = sorted(int(path.stem) for path in folder.glob("[0-9]*.png"))
+    path = folder / "samples.npz"
+    with twosdm.written(path) as fresh, tempfile.TemporaryFile(dir=folder) as file:
+        for seed in tqdm(seeds, desc=path.name, unit=" images"):
+            image = np.asarray(Image.open(folder / f"{seed:06d}.png"))
+            file.write(image)
+        file.flush()
+        np.savez(fresh, arr_0=np.memmap(file, np.uint8).reshape(-1, *image.shape), seeds=seeds)
+    print(f"{path} holds all {len(seeds)} images of the folder", file=sys.stderr)
 
 
 # ============================================================================================================
 # 5 The command line
 # ============================================================================================================
-def at_least(low, kind, high=10**6):
+def at_least(low, kind, high=2**31):
     """An argparse type: numbers from low to high."""
     def number(text):
         value = kind(text)
@@ -521,23 +484,23 @@ def add_sampling_flags(parser):
     add("--y", help="which variant of prior and image model: clip, pca:D, kmeans:K, none (default: clip)")
     add("--runs", default="runs", help="folder of all runs (default: %(default)s)")
     add("--dataset", choices=train.PRESETS, help="whose runs to take (default: those trained last)")
-    add("--checkpoint", nargs="+", metavar="FILE", help="checkpoints of prior, image model or baseline, in "
+    add("--checkpoint", nargs="+", help="checkpoints of prior, image model or baseline, in "
         "place of the newest; EDM's published .pkl files serve as baseline (default: none)")
     add("--data", help="the training images, for the oracle (default: where they were)")
     add("--clip-weights", help="CLIP's weights, for the oracle (default: where they were)")
     add("--vae", help="Stable Diffusion's VAE, for latent models (default: where it was)")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--seed", type=at_least(0, int, 2**31), default=0,
+    add("--seed", type=at_least(0, int), default=0,
         help="image i is drawn from seed + i (default: %(default)s)")
     add("--steps", type=at_least(2, int),
         help="sampling steps of prior and image model (default: the run's preset)")
     add("--image-steps", type=at_least(2, int), help="steps of the image model alone (default: as --steps)")
     add("--churn", type=amount, help="S_churn; 0 = deterministic (default: the run's preset)")
     add("--s-noise", type=amount, default=1.007, help="S_noise of the churn (default: %(default)s)")
-    add("--class", type=at_least(0, int), dest="label", metavar="CLASS",
+    add("--class", type=at_least(0, int), dest="label",
         help="draw this class alone (default: as in the data)")
-    add("--prompt", metavar="TEXT", help='a caption, such as "three red stars on a blue background", for '
+    add("--prompt", help='a caption, such as "three red stars on a blue background", for '
         "priors trained with --a text (default: none)")
     add("--guidance", type=amount, default=1.0, help="classifier-free guidance on y; 1 = none, otherwise the "
         "model must have been trained with --y-dropout (default: %(default)s)")
@@ -551,16 +514,15 @@ def add_sampling_flags(parser):
         help="of the networks; auto = tf32 on cuda, else fp32 (default: %(default)s)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile the networks, which pays for thousands of images on cuda (default: no)")
-    return at_least
 
 
 def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("what to draw").add_argument
-    add("--method", choices=METHODS, default="2sdm", help="(default: %(default)s)")
-    add("--n", type=at_least(1, int, 10**7),
-        help="number of images, with --same-y rounded up to whole rows (default: 64, with --same-y 8 rows)")
+    add("--method", nargs=1, choices=METHODS, default=["2sdm"], help="(default: 2sdm)")
+    add("--n", type=at_least(1, int),
+        help="number of images, with --same-y rounded up to whole rows (default: 64)")
     add("--interpolate", nargs="?", type=at_least(2, int, 256), const=8, metavar="N",
         help="an N×N grid between two embeddings and two noises, those of the seed and the next; without "
              "churn (default: no; without N: 8)")
@@ -579,23 +541,24 @@ def parse():
     return parser.parse_args()
 
 
+AT_ODDS = {                                           # of each mode: the flags that do not go with it
+    "interpolate": ("like", "same-y", "n", "npz", "churn"), "like": ("n", "npz"), "same-y": ("npz",),
+}
+
+
 def choose_mode(args):
-    """None (independent images) or the flag that says otherwise. Raises UserError for flags at odds."""
-    at_odds = {"interpolate": ("like", "same-y", "n", "npz", "churn"), "like": ("n", "npz"),
-               "same-y": ("npz",)}
-    flags = {name.replace("_", "-"): value for name, value in vars(args).items()}
-    mode = next((flag for flag in at_odds if flags[flag]), None)
-    for other in at_odds.get(mode, ()):
+    """The flag that makes other than independent images, or "". Raises UserError for flags at odds."""
+    flags = vars(args) | {"same-y": args.same_y}
+    mode = next((flag for flag in AT_ODDS if flags[flag]), "")
+    for other in AT_ODDS.get(mode, ()):
         if flags[other]:
             raise UserError(f"--{mode} and --{other} do not go together: leave one of them out")
-    if args.slerp == "y" and mode != "interpolate":
+    if args.slerp == "y" and not args.interpolate:
         raise UserError("--slerp y is for --interpolate: add it, or leave --slerp out")
-    if args.y and args.method in ("baseline", "joint"):
-        raise UserError(f"--method {args.method} has no variants of y: leave --y out")
-    if mode == "interpolate":
+    if args.interpolate:
         args.churn = 0.0
-    if mode == "like" and args.method == "2sdm":
-        args.method = "oracle"
+    if args.like and args.method == ["2sdm"]:
+        args.method = ["oracle"]
     return mode
 
 
@@ -603,8 +566,8 @@ def check_mode(mode, pipeline):
     """Raises UserError if the pipeline has no embeddings y of the kind that the mode needs."""
     y = pipeline.config["y"]
     embeds = pipeline.method == "oracle" and twosdm.has_prior(y)
-    able = {"interpolate": pipeline.prior, "like": embeds, "same-y": pipeline.prior or embeds, None: True}
-    if not able[mode]:
+    able = {"interpolate": pipeline.prior, "like": embeds, "same-y": pipeline.prior or embeds}
+    if mode and not able[mode]:
         raise UserError(f"--{mode} needs embeddings that --method {pipeline.method} with --y {y} does not "
                         f"have: take --method 2sdm with --y clip or pca:D")
 
@@ -613,38 +576,29 @@ def main():
     args = parse()
     mode = choose_mode(args)
     same_dataset(args)
-    device = twosdm.pick_device(args.device)
+    device, [method] = twosdm.pick_device(args.device), args.method
     twosdm.join_processes(device)
-    load_given(args.checkpoint, [args.method])        # refuses those of no use
-    pipeline = Pipeline(args, args.method, device, own_images=mode == "like")
+    pipeline = Pipeline(args, method, device, own_images=args.like)
     check_mode(mode, pipeline)
-    jobs = {None: independent, "interpolate": interpolation, "same-y": variations, "like": variations}
-    job = jobs[mode](pipeline, args)
-    print(args.method, "from", *pipeline.files.values(), file=sys.stderr)
-
+    job = (interpolation if args.interpolate else samples)(pipeline, args)
+    print(method, "from", *(run["file"] for run in pipeline.runs.values()), file=sys.stderr)
     folder = None
     if not twosdm.rank():
         settings = json.dumps(pipeline.describe() | job.recorded, indent=1).encode()
-        default = f"samples/{pipeline.dataset}-{args.method}" + (f"-{mode}" if mode else "")
+        default = f"samples/{pipeline.dataset}-{method}-{mode}".removesuffix("-")
         folder = open_folder(args.out, settings, default)
     folder = twosdm.gather(folder)[0]
-    missing = [key for key, name in job.names.items() if not (folder / name).exists()]
-    twosdm.gather(None)                               # nobody draws before all have looked
-    batches = twosdm.share([missing[i:i + args.batch] for i in range(0, len(missing), args.batch)])
-    with tqdm(total=sum(map(len, batches)), desc=args.method, unit=" images") as bar:
-        for keys in batches:
-            for key, pixels in zip(keys, job.make(keys)):
-                twosdm.save_picture(folder / job.names[key], pixels)
-            bar.update(len(keys))
-    twosdm.gather(None)
-    if twosdm.rank():
-        return 0
-
-    picture = folder / (f"grid-{args.seed:06d}.png" if args.seed else "grid.png")      # never another seed's
-    twosdm.save_picture(picture, grid(job, folder), least=512)
-    if args.npz:
-        write_npz(folder, (pipeline.resolution, pipeline.resolution, 3))
-    print(picture)
+    busy = f"another process draws into {folder}: wait for it, or give another --out"
+    with twosdm.locked(folder / f".lock{twosdm.rank()}", busy):               # each process has its own
+        twosdm.clear_unfinished(folder)
+        fill(folder, pipeline, job, args.batch)
+        if not twosdm.rank():
+            seed = f"-{args.seed:06d}" if args.seed else ""                   # never another seed's grid
+            picture = folder / f"grid{seed}.png"
+            twosdm.save_picture(picture, grid(job, folder), least=512)
+            if args.npz:
+                write_npz(folder)
+            print(picture)
     return 0
 
 

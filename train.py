@@ -13,6 +13,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import twosdm
@@ -108,6 +110,9 @@ class TrainConfig:
     snapshots: int = option(0, "images between snapshots of the averaged weights, which are kept for "
                             "evaluate.py --history; 0 = none", 0)
 
+    def __post_init__(self):
+        check(self)
+
 
 GROUPS = {                                            # of --help, each by its first setting
     "stage": "what matters first", "resolution": "data", "embedder": "embedding", "prior_width": "prior",
@@ -121,19 +126,19 @@ SOURCES = dict(                                       # of the defaults above; a
 )
 # The settings that make a run what it is: it may not change them on its way.
 ALWAYS = "dataset resolution size limit seed batch lr lr_ramp ema_half_life ema_ramp"
-PRIOR = " prior_width prior_depth prior_heads prior_predicts"
-UNET = " arch width mults blocks attention dropout init_from"
+PRIOR = " prior_width prior_depth prior_heads"
+UNET = " arch width mults blocks attention dropout"
 IDENTITY = dict(
     embedder=ALWAYS,
-    prior=ALWAYS + " embedder y a augment views" + PRIOR,
-    image=ALWAYS + " embedder y y_dropout a augment" + UNET,
-    baseline=ALWAYS + " a augment" + UNET,
-    joint=ALWAYS + " embedder a augment" + PRIOR + UNET,
+    prior=ALWAYS + " embedder y a augment views prior_predicts" + PRIOR,
+    image=ALWAYS + " embedder y y_dropout a augment init_from" + UNET,
+    baseline=ALWAYS + " a augment init_from" + UNET,
+    joint=ALWAYS + " embedder a augment prior_predicts init_from" + PRIOR + UNET,
 )
 
 # Settings by data set, in layers (source, stages, settings), of which later ones win. Sources: the paper, its
 # authors' code where the paper is silent, EDM, or ours. Layers of "image" hold for the baseline as well.
-IMAGE = ("image", "baseline", "joint")
+IMAGE = ("image", "baseline", "joint", "all")         # all: what --help shows
 EVERY = ("embedder", "prior", *IMAGE)
 SMALL_PRIOR = dict(lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4)
 SMALL_UNET = dict(batch=32, width=24, mults=(1, 2, 2), blocks=1)
@@ -141,9 +146,14 @@ PAPER_PRIOR = [
     ("authors", ("prior",), dict(batch=256, lr=1e-4)),
     ("ours", ("prior",), dict(images=100 * M)),       # the paper: a day on a V100
 ]
+PAPER_64 = [
+    ("paper", EVERY, dict(resolution=64, augment=0.15)),
+    ("paper", IMAGE, dict(images=25 * M, batch=256, lr=2e-4)),
+    *PAPER_PRIOR,
+]
 IMAGENET = [
     ("paper", EVERY, dict(augment=0.0)),
-    ("EDM", IMAGE, dict(dropout=0.10, **ARCHITECTURES["adm"])),
+    ("EDM", IMAGE, dict(dropout=0.10)),
     ("paper", IMAGE, dict(arch="adm", batch=128, lr=1e-4)),
     ("ours", IMAGE, dict(ema_half_life=500 * K)),     # EDM's 50 M belong to its 2,500 M images
     *PAPER_PRIOR,
@@ -151,11 +161,12 @@ IMAGENET = [
 CLASSES = {"shapes": 6, "cifar10": 10, "imagenet-class": 1000, "imagenet-latent": 1000}
 PRESETS = {
     "shapes": [
-        ("ours", EVERY, dict(embedder="shapes", lr_ramp=4 * K, views=1, steps=18, churn=0.0)),
-        ("ours", EVERY, dict(log=2 * K, preview=12 * K, save=6 * K)),
+        ("ours", EVERY, dict(embedder="shapes", lr_ramp=4 * K, views=1, steps=18, churn=0.0,
+                             log=2 * K, preview=10 * K, save=5 * K)),
+        # Minutes on two CPU cores. In so short a training many small steps learn more than few large ones.
         ("ours", ("embedder",), dict(images=40 * K, lr=2e-3)),
-        ("ours", ("prior", "joint"), dict(images=250 * K, **SMALL_PRIOR)),
-        ("ours", IMAGE, dict(images=44 * K, lr=4e-3, attention=(4,), snapshots=11 * K, **SMALL_UNET)),
+        ("ours", ("prior", "joint"), dict(SMALL_PRIOR, images=250 * K, batch=64, lr=2e-3)),
+        ("ours", IMAGE, dict(SMALL_UNET, images=30 * K, batch=16, lr=4e-3, attention=(4,), snapshots=10 * K)),
     ],
     "folder": [                                       # minutes on a CPU; on a GPU, give the U-Net more width
         ("EDM", EVERY, dict(augment=0.15)),
@@ -168,16 +179,8 @@ PRESETS = {
         *PAPER_PRIOR,
         ("EDM", IMAGE, dict(images=200 * M, batch=512, lr=1e-3, dropout=0.13, mults=(2, 2, 2))),
     ],
-    "afhq": [
-        ("paper", EVERY, dict(resolution=64, augment=0.15)),
-        *PAPER_PRIOR,
-        ("paper", IMAGE, dict(images=25 * M, batch=256, lr=2e-4, dropout=0.25)),
-    ],
-    "ffhq": [
-        ("paper", EVERY, dict(resolution=64, augment=0.15)),
-        *PAPER_PRIOR,
-        ("paper", IMAGE, dict(images=25 * M, batch=256, lr=2e-4, dropout=0.05)),
-    ],
+    "afhq": [*PAPER_64, ("paper", IMAGE, dict(dropout=0.25))],
+    "ffhq": [*PAPER_64, ("paper", IMAGE, dict(dropout=0.05))],
     "imagenet": [("paper", EVERY, dict(resolution=64)), *IMAGENET],
     "imagenet-class": [("paper", EVERY, dict(resolution=64, a="class")), *IMAGENET],
     "imagenet-latent": [
@@ -187,59 +190,52 @@ PRESETS = {
 }
 
 
-def layers(dataset, stage, changes):
-    """The layers of settings that make a configuration, [(source, settings)]; later ones win."""
+def settle(dataset, stage, changes):
+    """All layers of settings -> ({setting: value}, {setting: where it is from}). Raises UserError.
+
+    Later ones win: the defaults, EDM's sizes of the network, the preset, `changes`; then --short.
+    """
     if dataset not in PRESETS:
         raise UserError(f"--dataset {dataset} is unknown: choose one of {', '.join(PRESETS)}")
-    if stage == "all":
-        stage = "image"                               # the defaults that --help shows
-    found = [(source, settings) for source, stages, settings in PRESETS[dataset] if stage in stages]
-    preset = {name: value for _, settings in found for name, value in settings.items()}
-    arch = changes.get("arch")
-    if arch in ARCHITECTURES and arch != preset.get("arch", TrainConfig.arch):
-        found.append(("EDM", ARCHITECTURES[arch]))    # another network has other sizes
-    return [*found, ("you", changes)]
-
-
-def sources(dataset, stage, changes):
-    """{setting: where its value is from}, for `configure` with the same arguments."""
-    found = {name: source for source, names in SOURCES.items() for name in names.split()}
-    for source, settings in layers(dataset, stage, changes):
-        found |= dict.fromkeys(settings, source)
-    return found
+    values = vars(TrainConfig(stage, dataset))
+    sources = dict.fromkeys(values, "ours")
+    for source, names in SOURCES.items():
+        sources |= dict.fromkeys(names.split(), source)
+    layers = [(source, settings) for source, stages, settings in PRESETS[dataset] if stage in stages]
+    layers.append(("you", changes))
+    for _, settings in layers:
+        values |= ARCHITECTURES.get(settings.get("arch"), {})
+    for source, settings in layers:
+        length = values["images"]                     # in the end the preset's, as changes are the last layer
+        values |= settings
+        sources |= dict.fromkeys(settings, source)
+    if values["short"] and values["images"] < length:
+        for name in {"lr_ramp", "ema_half_life"} - changes.keys():
+            values[name] = -(-values[name] * values["images"] // length)
+            sources[name] += ", scaled by --short"
+    return values, sources
 
 
 def configure(dataset="shapes", stage="image", **changes):
     """The settings of one stage: the defaults, then the preset's, then `changes`. Raises UserError."""
-    values, length = dict(dataset=dataset, stage=stage), TrainConfig.images
-    for source, settings in layers(dataset, stage, changes):
-        values |= settings
-        if source != "you":
-            length = values.get("images", length)
-    config = TrainConfig(**values)
-    if config.short and config.images < length:
-        for name in ("lr_ramp", "ema_half_life"):
-            if name not in changes:
-                setattr(config, name, -(-getattr(config, name) * config.images // length))
-    check(config)
-    return config
+    return TrainConfig(**settle(dataset, stage, changes)[0])
 
 
 def restore_config(saved):
     """A checkpoint's settings -> TrainConfig. Raises UserError for settings of another version."""
     try:
-        config = TrainConfig(**saved)
-        check(config)
-        return config
+        return TrainConfig(**saved)
     except TypeError:
         raise UserError("the checkpoint has settings that this version does not know: train again") from None
 
 
 def check(config):
-    """Raises UserError for settings that are out of range or do not go together."""
+    """Raises UserError for settings of a wrong type, out of range, or that do not go together."""
     for setting in dataclasses.fields(config):
         value, known = getattr(config, setting.name), setting.metadata
-        flag = "--" + setting.name.replace("_", "-")
+        flag = f"--{setting.name.replace('_', '-')}"
+        if not isinstance(value, int | float if setting.type is float else setting.type):
+            raise UserError(f"{flag} {value} is not of the kind {setting.type}: see --help")
         if known["choices"] and value not in known["choices"]:
             raise UserError(f"{flag} {value} is unknown: choose one of {', '.join(known['choices'])}")
         low, high = known["low"], known["high"]
@@ -247,10 +243,10 @@ def check(config):
         if low is not None and not all(low <= number <= high for number in numbers):
             raise UserError(f"{flag} {value} is out of range: it must be at least {low} and at most {high}")
     twosdm.check_y(config.y)
+    stage, y, shapes = config.stage, config.y, config.dataset == "shapes"
     halved = 2 ** (len(config.mults) - 1) * (8 if config.vae else 1)
     heads = 64 if config.arch == "adm" else 4
     prior = math.lcm(4, config.prior_heads)
-    shapes, joint = config.dataset == "shapes", config.stage == "joint"
     for refused, sentence in (
         (config.resolution % halved,
          f"--resolution {config.resolution} must be divisible by {halved}, to be halved at each level"),
@@ -264,17 +260,22 @@ def check(config):
          f"--tag {config.tag}: give letters, digits, dots and underscores alone"),
         (config.vae and config.augment,
          "--vae has latents of images as they are: --augment 0"),
-        (config.a == "text" and not (shapes and config.stage == "prior"),
-         "--a text is for --stage prior of shapes: captions are nowhere else, and the image model learns of "
-         "them through y"),
-        (config.a == "class" and config.y.startswith("kmeans"),
+        (stage == "embedder" and not shapes,
+         "only the embedder of shapes is trained: leave --stage embedder out"),
+        (config.init_from and stage in ("embedder", "prior"),
+         "--init-from is for --stage image, baseline or joint: others have no U-Net"),
+        (stage == "prior" and not twosdm.has_prior(y),
+         f"--y {y} leaves the prior nothing to learn: clusters are drawn by frequency"),
+        (config.a == "text" and (stage, config.embedder) != ("prior", "shapes"),
+         "--a text is for --stage prior of shapes and its own embedder: captions are nowhere else, and the "
+         "image model learns of them through y"),
+        (config.a == "class" and y.startswith("kmeans"),
          "--y kmeans draws clusters regardless of a: --a none"),
-        (config.y_dropout and twosdm.told_nothing(config.y),
-         f"--y {config.y} leaves --y-dropout nothing to drop: leave one of them out"),
-        (joint and (config.y != "clip" or config.y_dropout),
-         "--stage joint learns y with the rest: leave --y and --y-dropout out"),
-        (joint and (config.embedder == "pixels" or config.vae),
-         "--stage joint trains an embedder of images: --embedder clip or shapes, no --vae"),
+        (config.y_dropout and twosdm.told_nothing(y),
+         f"--y {y} leaves --y-dropout nothing to drop: leave one of them out"),
+        (stage == "joint" and (y != "clip" or config.y_dropout or config.embedder == "pixels" or config.vae),
+         "--stage joint trains an embedder of images with the rest: leave --y, --y-dropout, --vae and "
+         "--embedder pixels out"),
     ):
         if refused:
             raise UserError(sentence)
@@ -294,21 +295,19 @@ def whole_numbers(text):
 
 def add_flags(parser, config):
     """One flag per setting of a configuration, whose values --help shows as the defaults."""
-    group, types = parser, {int: whole_number, tuple: whole_numbers}
+    types = {int: whole_number, tuple: whole_numbers, str: str, float: float}
     for setting in dataclasses.fields(config):
         if setting.name in GROUPS:
             group = parser.add_argument_group(GROUPS[setting.name])
         default, choices = getattr(config, setting.name), setting.metadata["choices"]
         if isinstance(default, tuple):
             default = ",".join(map(str, default))
-        options = dict(help=f"{setting.metadata['help']} (default: {default})".replace("%", "%%"))
-        if setting.type is bool or setting.default is None:
-            options["action"] = argparse.BooleanOptionalAction
-            options["default"] = None
+        if setting.type in types:
+            options = dict(type=types[setting.type], metavar="|".join(choices) if choices else None)
         else:
-            options["type"] = types.get(setting.type, setting.type)
-            options["metavar"] = "|".join(choices or ()) or setting.type.__name__.upper()
-        group.add_argument("--" + setting.name.replace("_", "-"), **options)
+            options = dict(action=argparse.BooleanOptionalAction)
+        help = f"{setting.metadata['help']} (default: {default})".replace("%", "%%")
+        group.add_argument(f"--{setting.name.replace('_', '-')}", help=help, **options)
 
 
 # ============================================================================================================
@@ -317,28 +316,66 @@ def add_flags(parser, config):
 ADAM = dict(betas=(0.9, 0.999), eps=1e-8)              # no weight decay
 
 
-def network(config, y_dim, a_dim, shape):
-    """The network of a stage as plain numbers, for `twosdm.build_denoiser` and for checkpoints.
+def build(config, dim, classes, shape):
+    """What a stage trains -> its networks as plain numbers, for checkpoints, and the module made of them.
 
-    y_dim, a_dim: of the embedding and the classes, 0 for none; shape (C, H, W) of images or latents.
+    dim: of the whole embedding; classes: their number, 0 for none; shape (C, H, W) of images or latents.
     """
-    augment_dim = twosdm.LABEL_DIM if config.augment else 0
+    if config.stage == "embedder":
+        return dict(net="small-clip"), twosdm.SmallClip()
+    if config.stage == "joint":
+        shapes = config.embedder == "shapes"
+        embedder = twosdm.SmallClip() if shapes else twosdm.ClipEmbedder(None)
+        embedder.requires_grad_(False)                # the text side stays as it is
+        tower = embedder.image if shapes else embedder.model.visual
+        tower.requires_grad_(True)
+        model, parts = dict(net="joint"), {}
+        for stage in ("prior", "image"):
+            part = dataclasses.replace(config, stage=stage)
+            model[stage], parts[stage] = build(part, embedder.dim, classes, shape)
+        return model, nn.ModuleDict(dict(parts, embedder=embedder))
+    a_dim = dim if config.a == "text" else classes
+    y_dim = int(config.y.split(":")[1]) if ":" in config.y else dim
+    if config.stage == "baseline" or twosdm.told_nothing(config.y):
+        y_dim = 0
     if config.stage == "prior":
-        settings = dict(dim=y_dim, cond_dim=a_dim, augment_dim=augment_dim, width=config.prior_width,
-                        depth=config.prior_depth, heads=config.prior_heads)
-        return dict(net="prior", predict=config.prior_predicts, sigma_data=0.5, settings=settings)
-    names = ("arch", "width", "mults", "blocks", "attention", "dropout")
-    settings = {name: getattr(config, name) for name in names}
-    settings |= dict(resolution=shape[1], channels=shape[0], cond_dim=y_dim + a_dim, augment_dim=augment_dim)
-    return dict(net="unet", predict="edm", sigma_data=0.5, settings=settings)
+        net, predict, names = "prior", config.prior_predicts, PRIOR
+        dims = dict(dim=y_dim, cond_dim=a_dim)
+    else:
+        net, predict, names = "unet", "edm", UNET
+        dims = dict(resolution=shape[1], channels=shape[0], cond_dim=y_dim + a_dim)
+    settings = {name.removeprefix("prior_"): getattr(config, name) for name in names.split()}
+    settings |= dict(dims, augment_dim=twosdm.LABEL_DIM if config.augment else 0)
+    model = dict(net=net, predict=predict, sigma_data=0.5, settings=settings)
+    return model, twosdm.build_denoiser(model).to(memory_format=torch.channels_last)
 
 
 class Stage:
-    """What a stage offers to the loop: the `module` it trains and these methods.
+    """One stage's training: all that the loop needs of it.
 
-    `model`: its networks as plain numbers; `compiled`: its networks; `extra`: further entries of checkpoints.
+    What is trained: `module`, `ema`, `optimizer`; how far it is: `seen`, `seconds`, `log`. A kind of stage
+    gives a `loss`, and if there is more to it, `random`, `finish`, `preview` and further entries of its
+    checkpoints, `extra`. `start` comes before the first step and `write` after every one.
     """
-    model, compiled, extra = dict(net="small-clip"), (), {}
+    extra = {}
+
+    def __init__(self, config, images, device, embedder=None, autoencoder=None):
+        if config.a == "class" and images.labels is None:
+            raise UserError("--a class needs images in one folder per class, or a dataset.json with labels")
+        self.config, self.images, self.device = config, images, device
+        self.embedder, self.autoencoder = embedder, autoencoder
+        self.packed = embedder and twosdm.pack_embedder(embedder)
+        self.fingerprints = dict(images=images.fingerprint,
+                                 embedder=self.packed and self.packed["fingerprint"])
+        # What of the embedder is before the reduction, and the reduction.
+        self.whole, self.reduce = embedder, nn.Identity()
+        if embedder and config.y != "clip":
+            self.whole, self.reduce = embedder.inner, embedder.reduction.transform
+        self.classes = len(images.classes) if config.a == "class" else 0
+        dim = self.whole.dim if embedder else 0
+        self.model, self.module = build(config, dim, self.classes, images.shape)
+        self.folder = run_folder(config)
+        self.seen, self.seconds, self.log = 0, 0.0, []
 
     def random(self, rows):
         """All random numbers of a batch but dropout's, so its loss is the same in one part or several."""
@@ -346,223 +383,221 @@ class Stage:
 
     def loss(self, rows, numbers):
         """Rows (B,) of the images and their random numbers -> (B,)."""
-        raise AssertionError
 
-    def finish(self, module):
-        """After the last step, with the averaged weights -> what the log says of them."""
+    def finish(self):
+        """After the last step -> what the log says of the averaged weights."""
         return {}
 
-    def preview(self, module):
-        """With the averaged weights -> a picture (H, W, 3) uint8, or None."""
+    def preview(self):
+        """Writes samples-*.png, of the averaged weights, where there are images to draw."""
+
+    def start(self, checkpoint):
+        """Makes all that the training changes: as the checkpoint has it, or anew. Raises UserError."""
+        config, path = self.config, self.folder / "checkpoint.pt"
+        if config.init_from and not checkpoint:
+            settings = self.model.get("image", self.model)["settings"]
+            image_model = self.parts(self.module)["image"]
+            twosdm.init_from_edm(image_model, settings, config.init_from, self.classes)
+        self.module.to(self.device).train()
+        self.ema = twosdm.EMA(self.module, config.ema_half_life, config.ema_ramp)
+        self.optimizer = torch.optim.Adam(self.module.parameters(), config.lr, **ADAM,
+                                          fused=self.device.type != "mps")
+        if not checkpoint:
+            return
+        if checkpoint["fingerprints"] != self.fingerprints:
+            raise UserError(f"{path} was trained with another embedder: give the same one, or another --runs "
+                            f"folder")
+        with twosdm.reading(path, "move it away and train again"):
+            self.module.load_state_dict(checkpoint["net"])
+            self.ema.net.load_state_dict(checkpoint["ema"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.seen = checkpoint["seen"]
+            self.seconds = checkpoint["seconds"]
+            self.log = checkpoint["log"]
+
+    def reached(self, every):
+        """Whether the last batch reached a multiple of `every` images, or the end; never if that is 0."""
+        before = self.seen - self.config.batch
+        return every > 0 and (self.seen >= self.config.images or self.seen // every > before // every)
+
+    def write(self, stopped):
+        """What it is time for. What a checkpoint counts is there before it."""
+        config = self.config
+        if self.reached(config.log):
+            # Whole: what a killed run had written after its checkpoint is gone from it.
+            with twosdm.written(self.folder / "log.jsonl") as file:
+                file.writelines(json.dumps(line).encode() + b"\n" for line in self.log)
+        if self.reached(config.snapshots):
+            self.save(f"snapshot-{self.seen:010d}.pt")
+        if self.reached(config.preview):
+            self.preview()
+        if self.reached(config.save) or stopped:
+            self.save("checkpoint.pt", net=self.module.state_dict(), optimizer=self.optimizer.state_dict())
+
+    def save(self, name, **more):
+        """All that samples need, and `more`: what training goes on from."""
+        config, images, counts = self.config, self.images, None
+        if images.labels is not None:
+            counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
+        twosdm.save_checkpoint(
+            self.folder / name,
+            stage=config.stage,
+            dataset=config.dataset,
+            config=dataclasses.asdict(config),
+            model=self.model,
+            embedder=self.packed,
+            fingerprints=self.fingerprints,
+            data=dict(count=len(images), classes=images.classes, class_counts=counts,
+                      fingerprint=images.fingerprint),
+            seen=self.seen,
+            seconds=self.seconds,
+            log=self.log,
+            ema=self.ema.net.state_dict(),
+            **self.extra,
+            **more,
+        )
 
 
 class Embedding(Stage):
     """The embedder's stage: the symmetric contrastive loss of images and captions (shapes only)."""
 
-    def __init__(self, config, images, device):
-        self.config, self.images, self.device = config, images, device
-        self.captions = twosdm.shapes_captions(torch.arange(len(images)), config.seed)
-        self.module = twosdm.SmallClip()
-
     def loss(self, rows, numbers):
-        captions = [self.captions[row] for row in rows]
+        captions = twosdm.shapes_captions(torch.from_numpy(rows), self.config.seed)
         return self.module.loss(self.images.batch(rows, self.device), captions)
 
     @torch.no_grad()
-    def finish(self, module):
-        """Scales the embedding to rms 0.5 over the training set; -> how well a linear probe reads it."""
-        def embed(images):
-            parts = np.array_split(np.arange(len(images)), -(-len(images) // 500))
-            return torch.cat([module(images.batch(rows, self.device)).cpu() for rows in parts])
-
-        seed, size = self.config.seed, len(self.images)
-        known, fresh = torch.arange(size), torch.arange(size, size + 2000)
-        y = embed(self.images)
-        module.scale.mul_(0.5 / y.square().mean().sqrt())
-        held_out = embed(twosdm.shapes_world(fresh, self.config.resolution, seed))
-        y = F.pad(y * module.scale.cpu(), (0, 1), value=1)
-        truth, wanted = twosdm.shapes_attributes(known, seed), twosdm.shapes_attributes(fresh, seed)
-        accuracy = {}
+    def finish(self):
+        """Finds the components to keep, scaled to rms 0.5; -> how well a linear probe reads them."""
+        module, size, seed, parts = self.ema.net, len(self.images), self.config.seed, []
+        index = torch.arange(size + 2000)             # the last of which are not among the training images
+        for rows in index.split(500):
+            images = twosdm.shapes_world(rows, self.config.resolution, seed)
+            parts.append(module(images.batch(slice(None), self.device)).cpu())
+        y, truth = torch.cat(parts), twosdm.shapes_attributes(index, seed)               # (N + 2000, D)
+        pca = twosdm.PCA.fit(y[:size], module.kept).of_rms(y[:size])
+        y, accuracy = F.pad(pca.transform(y), (0, 1), value=1), {}                       # (N + 2000, 17)
+        self.extra = pca.state_dict()
         for name, kinds in twosdm.ATTRIBUTES.items():  # least squares from [y, 1] to the one-hot attribute
-            probe = torch.linalg.lstsq(y, F.one_hot(truth[name], kinds).float()).solution
-            guess = (F.pad(held_out, (0, 1), value=1) @ probe).argmax(1)
-            accuracy[name] = round((guess == wanted[name]).float().mean().item(), 4)
-        shown = ", ".join(f"{name} {share:.1%}" for name, share in accuracy.items())
-        tqdm.write(f"a linear probe on held-out images reads {shown}")
+            wanted = F.one_hot(truth[name], kinds).float()
+            probe = torch.linalg.lstsq(y[:size], wanted[:size]).solution
+            right = (y[size:] @ probe).argmax(1) == truth[name][size:]
+            accuracy[name] = round(right.float().mean().item(), 4)
+        tqdm.write(f"share of held-out images that a linear probe reads right: {accuracy}")
         return dict(linear_probe=accuracy)
 
 
 class Diffusion(Stage):
-    """The stages of prior (Eq. 4), image model (Eq. 5) and baseline (Eq. 5 without y): one loss for all."""
+    """Prior (Eq. 4), image model (Eq. 5), baseline (Eq. 5 without y) and joint (both): one loss for all.
 
-    def __init__(self, config, images, device, embedder=None, autoencoder=None):
-        self.config, self.images, self.device = config, images, device
-        self.embedder, self.autoencoder = embedder, autoencoder
+    Joint is Overfit-2SDM (Appendix B): its embedder starts from random weights and learns from both losses
+    through y. Their sum has the gradient that the paper accumulates in two passes before its one step.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        config, folder, images = self.config, self.folder.parent, self.images
         self.augment = twosdm.Augment(config.augment) if config.augment else None
-        if config.a == "class" and images.labels is None:
-            raise UserError("--a class needs images in one folder per class, or a dataset.json with labels")
-        self.classes = a_dim = len(images.classes) if config.a == "class" else 0
-        self.bank = self.captions = None
-        if embedder is not None and (config.stage == "prior" or not self.augment):
-            self.prepare_embeddings(embedder)
-        if config.a == "text":
-            self.captions = caption_embeddings(embedder, config, len(images))
-            a_dim = self.captions.shape[1]
-        self.build(embedder.dim if embedder is not None else 0, a_dim)
-
-    def prepare_embeddings(self, embedder):
-        """The bank of e_i(x), and what turns its rows into y; of a prior also the mean of y."""
-        config, self.reduce = self.config, nn.Identity()
-        if config.y != "clip":
-            embedder, self.reduce = embedder.inner, embedder.reduction.transform
-        folder = Path(config.runs) / config.dataset
-        bank = twosdm.embedding_bank(self.images, embedder, folder, self.augment, config.views, config.seed,
-                                     self.device)
-        self.views, self.bank = len(bank), bank.reshape(-1, bank.shape[-1])
-        rms = self.embeddings(np.arange(min(1000, len(bank[0])))).square().mean().sqrt().item()
-        print(f"the embedding's elements have rms {rms:.2f}"
-              + (": far from sigma_data = 0.5, expect poor samples" if not 0.2 < rms < 1.2 else ""))
-        if config.stage == "prior":                   # about which sample.py --temperature contracts
-            plain = twosdm.embedding_bank(self.images, embedder, folder, device=self.device)[0]
+        self.bank = None                              # of e_i(x), whose rows `reduce` turns into y
+        if self.embedder and (config.stage == "prior" or not self.augment):
+            self.bank = twosdm.embedding_bank(images, self.whole, folder, self.augment, config.views,
+                                              config.seed, self.device)
+        if config.stage == "prior":                   # the mean y, about which --temperature contracts
+            plain = twosdm.embedding_bank(images, self.whole, folder, device=self.device)[0]
             mean = plain[:, :-twosdm.LABEL_DIM].mean(0, keepdims=True, dtype=np.float64)
             self.extra = dict(y_mean=self.reduce(torch.from_numpy(mean).float().to(self.device))[0])
 
-    def embeddings(self, rows):
-        """Rows (B,) of the bank -> y (B, D)."""
-        return self.reduce(twosdm.send(self.bank[rows, :-twosdm.LABEL_DIM], self.device))
-
-    def build(self, y_dim, a_dim):
-        """Makes the module to train."""
-        self.model = network(self.config, y_dim, a_dim, self.images.shape)
-        self.module = self.denoiser = twosdm.build_denoiser(self.model)
-        if self.config.stage != "prior":
-            self.denoiser.to(memory_format=torch.channels_last)
-        self.compiled = [self.denoiser.net]
+    def parts(self, module):
+        """The denoisers among what is trained, {"prior", "image": Denoiser} or one of them."""
+        if self.config.stage == "joint":
+            return module
+        return {"prior" if self.config.stage == "prior" else "image": module}
 
     def random(self, rows):
-        numbers = dict(view=torch.randint(self.config.views, (len(rows),)))
+        config, parts = self.config, self.parts(self.module)
+        numbers = dict(view=torch.randint(config.views, (len(rows),)))
         if self.augment:
             numbers["augment"] = self.augment.random(len(rows))
-        shape = (self.denoiser.net.dim,) if self.config.stage == "prior" else self.images.shape
-        like = torch.empty(len(rows), *shape, device=self.device)
-        numbers["sigma"], numbers["eps"] = self.denoiser.training_noise(like)
+        like = torch.empty(len(rows), *self.images.shape, device=self.device)
+        if "image" in parts:
+            numbers["image"] = parts["image"].training_noise(like)
         if self.images.latents is not None:
             numbers["latent"] = torch.randn_like(like)
-        if self.config.y_dropout:
-            told = torch.rand(len(rows), 1) >= self.config.y_dropout
-            numbers["told"] = twosdm.send(told.float(), self.device)
+        if "prior" in parts:
+            y = torch.empty(len(rows), parts["prior"].net.dim, device=self.device)
+            numbers["prior"] = parts["prior"].training_noise(y)
+        if config.y_dropout and config.stage == "image":
+            chance = torch.rand(len(rows), 1, device=self.device)
+            numbers["told"] = (chance >= config.y_dropout).float()
         return numbers
 
     def loss(self, rows, numbers):
+        parts, loss = self.parts(self.module), 0
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):     # only networks round
+            a = self.condition(rows)
             x, y, label = self.example(rows, numbers)
-        a, noise = self.condition(rows), (numbers["sigma"], numbers["eps"])
-        if self.config.stage == "prior":
-            return self.denoiser.loss(y, a, label, noise)                         # Eq. 4
-        return self.denoiser.loss(x, twosdm.join(y, a), label, noise)             # Eq. 5
+        if self.config.stage == "joint":
+            y = parts["embedder"](x).float()          # not bf16, as it is what the prior is to predict
+        if "prior" in parts:
+            loss += parts["prior"].loss(y, a, label, numbers["prior"])                       # Eq. 4
+        if "image" in parts:
+            loss += parts["image"].loss(x, twosdm.join(y, a), label, numbers["image"])       # Eq. 5
+        return loss
 
     def example(self, rows, numbers):
-        """x (B, C, H, W), which the prior does without; y (B, D), of no embedder None; the labels (B, 9)."""
-        if self.config.stage == "prior":
-            rows = numbers["view"].numpy() % self.views * len(self.images) + rows
-            label = twosdm.send(self.bank[rows, -twosdm.LABEL_DIM:], self.device)
-            return None, self.embeddings(rows), label if self.augment else None
-        x, label = self.pictures(rows, numbers)
-        y = None
+        """Images or latents x (B, C, H, W), y (B, D), augmentation labels (B, 9); or None."""
+        x, y, label, images = None, None, None, self.images
+        if images.latents is not None and self.config.stage != "prior":
+            moments = twosdm.send(images.latents[rows], self.device)
+            x = self.autoencoder.sample(moments, numbers["latent"])
+        elif self.config.stage != "prior":
+            x = images.batch(rows, self.device)
+            if self.augment:
+                x, label = self.augment(x, numbers["augment"])
         if self.bank is not None:
-            y = self.embeddings(rows)
-        elif self.embedder is not None:
+            view = numbers["view"].numpy() % len(self.bank)
+            found = twosdm.send(self.bank[view, rows], self.device)                          # (B, D' + 9)
+            y = self.reduce(found[:, :-twosdm.LABEL_DIM])
+            if self.augment:
+                label = found[:, -twosdm.LABEL_DIM:]
+        elif self.embedder:
             y = self.embedder(x)                      # of the augmented image
-        if y is not None and "told" in numbers:
+        if "told" in numbers:
             y = y * numbers["told"]
         return x, y, label
 
-    def pictures(self, rows, numbers):
-        """What the image model learns: images or latents (B, C, H, W), augmentation labels (B, 9) or None."""
-        if self.images.latents is not None:
-            moments = twosdm.send(self.images.latents[rows], self.device)
-            return self.autoencoder.sample(moments, numbers["latent"]), None
-        x = self.images.batch(rows, self.device)
-        return self.augment(x, numbers["augment"]) if self.augment else (x, None)
-
     def condition(self, rows):
         """a of these images: (B, A), classes as one-hots or the captions' embeddings; None for neither."""
-        if self.captions is not None:
-            return twosdm.send(self.captions[rows], self.device)
+        if self.config.a == "text":
+            return self.whole.text_condition(twosdm.shapes_captions(torch.from_numpy(rows), self.config.seed))
         if self.classes:
             labels = twosdm.send(self.images.labels[rows], self.device)
             return F.one_hot(labels, self.classes).float()
 
     @torch.no_grad()
-    def preview(self, module):
+    def preview(self):
         """A grid of samples: 18 steps, no churn; the image model draws after training images' embeddings."""
-        if self.config.stage == "prior":
-            return None
+        parts, y, device = self.parts(self.ema.net), None, self.device
+        if "image" not in parts:
+            return
         side = 8 if self.config.resolution < 64 else 4
-        rows = np.arange(side * side) * 7919 % len(self.images)           # a prime: from all over the set
-        x = self.samples(module, rows, twosdm.Sampler(steps=18, s_churn=0))
-        if self.autoencoder is not None:
-            x = self.autoencoder.decode(x)
-        return twosdm.image_grid(twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), side)
-
-    def samples(self, module, rows, sampler):
-        y = None if self.embedder is None else self.embedder(self.images.batch(rows, self.device))
-        noise = twosdm.image_noise(range(len(rows)), self.device)
-        return twosdm.sample_images(module, noise, y, self.condition(rows), sampler)
-
-
-class Joint(Diffusion):
-    """Overfit-2SDM (Appendix B): embedder, prior and image model are trained together, on Eq. 4 + Eq. 5.
-
-    The embedder starts from random weights and learns from both losses through y. A sum of losses has the
-    gradient that the paper accumulates in two passes before its one step.
-    """
-
-    def build(self, y_dim, a_dim):
-        embedder = untrained(self.config)
-        embedder.requires_grad_(False)                # the text side stays as it is
-        image_tower(embedder).requires_grad_(True)
-        self.model = dict(net="joint")
-        for stage in ("prior", "image"):
-            config = dataclasses.replace(self.config, stage=stage)
-            self.model[stage] = network(config, embedder.dim, a_dim, self.images.shape)
-        self.prior = twosdm.build_denoiser(self.model["prior"])
-        self.denoiser = twosdm.build_denoiser(self.model["image"]).to(memory_format=torch.channels_last)
-        self.module = nn.ModuleDict(dict(prior=self.prior, image=self.denoiser, embedder=embedder))
-        self.compiled = [self.prior.net, self.denoiser.net]
-
-    def random(self, rows):
-        numbers = super().random(rows)
-        like = torch.empty(len(rows), self.prior.net.dim, device=self.device)
-        numbers["prior_sigma"], numbers["prior_eps"] = self.prior.training_noise(like)
-        return numbers
-
-    def loss(self, rows, numbers):
+        seeds, sampler = range(side * side), twosdm.Sampler(steps=18, s_churn=0)
+        rows = np.array(seeds) * 7919 % len(self.images)                  # a prime: from all over the set
         a = self.condition(rows)
-        x, label = self.pictures(rows, numbers)
-        y = self.module["embedder"](x).float()        # not bf16, as it is what the prior is to predict
-        prior = self.prior.loss(y, a, label, (numbers["prior_sigma"], numbers["prior_eps"]))
-        image = self.denoiser.loss(x, twosdm.join(y, a), label, (numbers["sigma"], numbers["eps"]))
-        return prior + image
-
-    def samples(self, module, rows, sampler):
-        seeds = range(len(rows))
-        return twosdm.sample_two_stage(module["prior"], module["image"], seeds, self.condition(rows), sampler)
-
-
-def untrained(config):
-    """The embedder that the joint stage starts from: CLIP, or the shapes' small CLIP, with random weights."""
-    return twosdm.SmallClip() if config.embedder == "shapes" else twosdm.ClipEmbedder(None)
-
-
-def image_tower(embedder):
-    return embedder.image if embedder.name == "shapes" else embedder.model.visual
+        if "prior" in parts:
+            y = twosdm.sample_embeddings(parts["prior"], twosdm.SampleNoise(seeds, device), a, sampler)
+        elif self.embedder:
+            y = self.embedder(self.images.batch(rows, device))
+        x = twosdm.sample_images(parts["image"], twosdm.image_noise(seeds, device), y, a, sampler)
+        if self.autoencoder:
+            x = self.autoencoder.decode(x)
+        picture = twosdm.image_grid(twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), side)
+        twosdm.save_picture(self.folder / f"samples-{self.seen:09d}.png", picture, least=512)
 
 
 # ============================================================================================================
 # 3 The loop
 # ============================================================================================================
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(2)
 def permutation(size, seed, epoch):
     """(size,) int64: in which order an epoch shows its examples."""
     generator = torch.Generator().manual_seed(twosdm.mix_seed("order", seed, epoch))
@@ -574,121 +609,53 @@ def shuffled(size, seed, start, stop):
     return np.array([permutation(size, seed, i // size)[i % size] for i in range(start, stop)])
 
 
-class Run:
-    """One stage's training: its networks, how far it is, its log; all that its checkpoint keeps."""
-
-    def __init__(self, config, stage, packed, device):
-        self.config, self.stage, self.packed = config, stage, packed
-        self.folder = run_folder(config)
-        self.module = stage.module.to(device).train()
-        self.ema = twosdm.EMA(self.module, config.ema_half_life, config.ema_ramp)
-        self.optimizer = torch.optim.Adam(self.module.parameters(), config.lr, fused=device.type != "mps",
-                                          **ADAM)
-        self.seen, self.seconds, self.log = 0, 0.0, []
-
-    def restore(self, checkpoint):
-        self.module.load_state_dict(checkpoint["net"])
-        self.ema.net.load_state_dict(checkpoint["ema"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.seen, self.seconds, self.log = (checkpoint[name] for name in ("seen", "seconds", "log"))
-
-    def save(self, name="checkpoint.pt"):
-        """All that samples need; of a checkpoint, not of a snapshot, also what training goes on from."""
-        config, images, counts, more = self.config, self.stage.images, None, {}
-        if images.labels is not None:
-            counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
-        if name == "checkpoint.pt":
-            more = dict(net=self.module.state_dict(), optimizer=self.optimizer.state_dict())
-        twosdm.save_checkpoint(
-            self.folder / name,
-            stage=config.stage,
-            dataset=config.dataset,
-            config=dataclasses.asdict(config),
-            model=self.stage.model,
-            embedder=self.packed,
-            fingerprints=fingerprints(images, self.packed),
-            data=dict(name=config.dataset, path=config.data, count=len(images), classes=images.classes,
-                      class_counts=counts, fingerprint=images.fingerprint),
-            seen=self.seen,
-            seconds=self.seconds,
-            log=self.log,
-            ema=self.ema.net.state_dict(),
-            **self.stage.extra,
-            **more,
-        )
-
-    def write_log(self):
-        """log.jsonl, whole: what a killed run had written after its checkpoint is gone from it."""
-        with twosdm.written(self.folder / "log.jsonl") as file:
-            file.writelines(json.dumps(line).encode() + b"\n" for line in self.log)
-
-    def preview(self):
-        picture = self.stage.preview(self.ema.net)
-        if picture is not None:
-            twosdm.save_picture(self.folder / f"samples-{self.seen:09d}.png", picture, least=512)
-
-    def reached(self, every):
-        """Whether the last batch reached a multiple of `every` images, or the end; never if that is 0."""
-        last = self.seen >= self.config.images
-        return every > 0 and (last or self.seen // every > (self.seen - self.config.batch) // every)
-
-
-def loop(run, device):
-    """Trains a run to config.images images seen. Returns False if it was asked to stop."""
-    config, stage, module = run.config, run.stage, run.module
+def loop(stage):
+    """Trains a stage to config.images images seen. Returns False if it was asked to stop."""
+    config, module, device = stage.config, stage.module, stage.device
     precision = twosdm.set_precision(config.precision, device, auto="bf16")
     # The processes of torchrun share each batch; all but the first are silent and write nothing. The
     # contrastive loss compares all examples of a batch: it cannot be split, and each process trains it alone.
-    whole, first = config.stage == "embedder", twosdm.rank() == 0
-    team, me = (1, 0) if whole else (twosdm.processes(), twosdm.rank())
+    team, me, size = twosdm.processes(), twosdm.rank(), config.batch_gpu or config.batch
+    if config.stage == "embedder":
+        team, me, size = 1, 0, config.batch
     start, stop = config.batch * me // team, config.batch * (me + 1) // team
-    size = stop - start if whole else config.batch_gpu or stop - start
     parts = [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
     losses, norms = [], []
-    bar = tqdm(total=config.images, initial=run.seen, desc=f"{config.stage:>8}", unit=" images",
-               unit_scale=True, smoothing=0.02)
+    bar = tqdm(total=config.images, initial=stage.seen, desc=f"{config.stage:>8}", unit=" images",
+               unit_scale=True)
     with bar, stop_signals() as asked:
-        while run.seen < config.images:
+        while stage.seen < config.images:
             # All randomness follows from (seed, images seen): a resumed run repeats what the first would do.
-            torch.manual_seed(twosdm.mix_seed("step", config.seed, run.seen))
+            torch.manual_seed(twosdm.mix_seed("step", config.seed, stage.seen))
             began = time.perf_counter()
-            rows = shuffled(len(stage.images), config.seed, run.seen, run.seen + config.batch)
+            rows = shuffled(len(stage.images), config.seed, stage.seen, stage.seen + config.batch)
             numbers = stage.random(rows)
             # A linear ramp, then constant; it counts this batch, so that the first step is not one of size 0.
-            ramp = min((run.seen + config.batch) / max(config.lr_ramp, 1), 1)
-            run.optimizer.param_groups[0]["lr"] = config.lr * ramp
-            run.optimizer.zero_grad(set_to_none=True)
+            ramp = min((stage.seen + config.batch) / max(config.lr_ramp, 1), 1)
+            stage.optimizer.param_groups[0]["lr"] = config.lr * ramp
+            stage.optimizer.zero_grad(set_to_none=True)
             for part in parts:
                 if config.dropout:                    # the masks differ with the way a batch is split
-                    torch.manual_seed(twosdm.mix_seed("dropout", config.seed, run.seen, part.start))
+                    torch.manual_seed(twosdm.mix_seed("dropout", config.seed, stage.seen, part.start))
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    loss = stage.loss(rows[part], {name: n[part] for name, n in numbers.items()})
+                    loss = stage.loss(rows[part], tree_map(lambda tensor: tensor[part], numbers))
                 (loss.sum() / config.batch).backward()
                 losses.append(loss.detach())
             norms.append(finish_gradients(module, team))
-            run.optimizer.step()
-            run.ema.update(module, run.seen, config.batch)
-            run.seen += config.batch
-            run.seconds += time.perf_counter() - began
+            stage.optimizer.step()
+            stage.ema.update(module, stage.seen, config.batch)
+            stage.seen += config.batch
+            stage.seconds += time.perf_counter() - began
             bar.update(config.batch)
-            last = run.seen >= config.images
-            stopped = agreed(asked, team, run.seen // config.batch % 8 == 0 or last)
-            if run.reached(config.log):
-                line = log_line(losses, norms, team, run)
+            if stage.reached(config.log):
+                stage.log.append(log_line(stage, losses, norms))
+                bar.set_postfix(loss=stage.log[-1]["loss"])
                 losses, norms = [], []
-                bar.set_postfix_str(f"loss {line['loss']:.4g}")
-                if last:
-                    line |= stage.finish(run.ema.net)
-                run.log.append(line)
-                if first:
-                    run.write_log()
-            # What a checkpoint counts is there before it.
-            if first and run.reached(config.snapshots):
-                run.save(f"snapshot-{run.seen:010d}.pt")
-            if first and run.reached(config.preview):
-                run.preview()
-            if first and (run.reached(config.save) or stopped):
-                run.save()
+            # Processes agree on that now and then, as it makes them wait for each other.
+            meeting = team == 1 or stage.seen // config.batch % 16 == 0
+            stopped = meeting and any(twosdm.gather(bool(asked)))
+            if not twosdm.rank():
+                stage.write(stopped)
             if stopped:
                 return False
     return True
@@ -697,66 +664,55 @@ def loop(run, device):
 def finish_gradients(module, team):
     """Adds up the processes' gradients and replaces NaN and infinity, as EDM does -> the norm before that."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
     if team > 1:
-        torch.distributed.all_reduce(flat)
-    norm = flat.norm()
-    # Without a look at it first, which would wait for the GPU.
-    torch.nan_to_num(flat, nan=0.0, posinf=1e5, neginf=-1e5, out=flat)
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(part.view_as(gradient))
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    # Without a look at them first, which would wait for the GPU.
+    for gradient in gradients:
+        torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
     return norm
 
 
-def log_line(losses, norms, team, run):
-    """A line of log.jsonl, of all measured by the team since the last. UserError if nothing is finite."""
-    loss, norm = torch.cat(losses).float().cpu(), torch.stack(norms).cpu()
-    if team > 1:
-        loss = torch.cat(twosdm.gather(loss))
+def log_line(stage, losses, norms):
+    """A line of log.jsonl, of all measured since the last. Raises UserError if nothing of it is finite."""
+    loss, norm = torch.cat(twosdm.gather(torch.cat(losses).float().cpu())), torch.stack(norms).cpu()
     finite = norm.isfinite()
-    if not finite.any() or not loss.isfinite().any():
+    if not finite.any():
         raise UserError("the loss is not finite any more: give a lower --lr or --precision fp32; the last "
                         "checkpoint is from before, and the same command goes on from it")
-    before = run.log[-1] if run.log else dict(images=0, seconds=0.0)
-    rate = (run.seen - before["images"]) / (run.seconds - before["seconds"])
-    return dict(images=run.seen, loss=loss[loss.isfinite()].mean().item(), seconds=run.seconds,
-                images_per_second=round(rate, 1), gradient_norm=norm[finite].mean().item(),
-                nonfinite=int((~finite).sum()))
+    more = stage.finish() if stage.seen >= stage.config.images else {}
+    return dict(images=stage.seen, loss=loss[loss.isfinite()].mean().item(), seconds=stage.seconds,
+                images_per_second=round(stage.seen / stage.seconds, 1),
+                gradient_norm=norm[finite].mean().item(), nonfinite=int((~finite).sum()), **more)
 
 
 @contextlib.contextmanager
 def stop_signals():
     """While it lasts, SIGTERM or Ctrl-C only ask: finish the step, save, leave. The second leaves at once."""
-    asked, before = [], {}
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    asked, restore = [], contextlib.ExitStack()
 
     def ask(number, frame):
         asked.append(number)
-        restore()
+        restore.close()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, ask)
-    try:
+    with restore:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            restore.callback(signal.signal, number, signal.signal(number, ask))
         yield asked
-    finally:
-        restore()
-
-
-def agreed(asked, team, meeting):
-    """Whether to stop after this step; several processes agree on that where they meet."""
-    if team == 1:
-        return bool(asked)
-    return meeting and any(twosdm.gather(bool(asked)))
 
 
 # ============================================================================================================
 # 4 What a run starts from
 # ============================================================================================================
 def run_folder(config):
-    return Path(config.runs) / config.dataset / twosdm.run_name(config.stage, config.y, config.a, config.tag)
+    name = twosdm.run_name(config.stage, config.y, config.a, config.tag)
+    return Path(config.runs, config.dataset, name)
+
+
+def newest_picture(config):
+    """Of samples, among the files of a run; None if there is none."""
+    return max(run_folder(config).glob("samples-*.png"), default=None)
 
 
 def train(config, device):
@@ -770,49 +726,31 @@ def train(config, device):
         raise UserError(f"--batch {config.batch} cannot be shared by {twosdm.processes()} processes")
     autoencoder = twosdm.Autoencoder(config.vae).to(device) if config.vae else None
     images = twosdm.load_images(config, autoencoder)
-    if checkpoint and checkpoint["fingerprints"]["images"] != images.fingerprint:
+    if checkpoint and checkpoint["fingerprints"].get("images") != images.fingerprint:
         raise UserError(f"{path} was trained with other images: give the same ones, or another --runs folder")
     if checkpoint and checkpoint["seen"] >= config.images:
         print(f"{config.stage}: done, {checkpoint['seen']:,} images seen ({path})")
         return True
     torch.manual_seed(config.seed)
-    packed = embedder = None
-    if config.stage == "embedder":
-        stage = Embedding(config, images, device)
-    else:
-        if config.stage in ("prior", "image"):
-            embedder = get_embedder(config, images, device)
-        packed = twosdm.pack_embedder(embedder) if embedder is not None else None
-        kind = Joint if config.stage == "joint" else Diffusion
-        stage = kind(config, images, device, embedder, autoencoder)
-    if config.init_from and not checkpoint:
-        model = stage.model.get("image", stage.model)
-        twosdm.init_from_edm(stage.denoiser, model["settings"], config.init_from, stage.classes)
-    run = Run(config, stage, packed, device)
-    if checkpoint:
-        if checkpoint["fingerprints"] != fingerprints(images, packed):
-            raise UserError(f"{path} was trained with another embedder: give the same one, or another --runs "
-                            f"folder")
-        with twosdm.reading(path, "move it away and train again"):
-            run.restore(checkpoint)
+    embedder = find_embedder(config, images, device)
+    kind = Embedding if config.stage == "embedder" else Diffusion
+    stage = kind(config, images, device, embedder, autoencoder)
+    stage.start(checkpoint)
     checkpoint = None                                 # gigabytes, for the largest networks
-    for net in stage.compiled:
-        twosdm.compile_network(net, config.compile, device)
-    finished = loop(run, device)
+    for part in stage.module.modules():
+        if isinstance(part, twosdm.Denoiser):
+            twosdm.compile_network(part.net, config.compile, device)
+    finished = loop(stage)
     twosdm.gather(None)                               # what the first process saved is there for all
     if not finished:
-        print(f"stopped at {run.seen:,} images and saved {path}: the same command goes on from there",
+        print(f"stopped at {stage.seen:,} images and saved {path}: the same command goes on from there",
               file=sys.stderr)
         return False
-    print(f"{config.stage}: {run.seen:,} images in {run.seconds:.0f} s -> {run.folder}")
-    if run.log[-1]["loss"] > 2 * run.log[0]["loss"]:
+    print(f"{config.stage}: {stage.seen:,} images in {stage.seconds:.0f} s -> "
+          f"{newest_picture(config) or stage.folder}")
+    if stage.log[-1]["loss"] > 2 * stage.log[0]["loss"]:
         print("Warning: the loss has grown since the start: give a lower --lr", file=sys.stderr)
     return True
-
-
-def fingerprints(images, packed):
-    """What tells the images and the embedder of a run from others."""
-    return dict(images=images.fingerprint, embedder=packed and packed["fingerprint"])
 
 
 def same_settings(checkpoint, config, path):
@@ -825,62 +763,40 @@ def same_settings(checkpoint, config, path):
                             f"both by --tag NAME or another --runs folder")
 
 
-def get_embedder(config, images, device):
-    """The embedder as the image model knows it: whole, reduced by PCA or K-means (fitted once), or None."""
-    if twosdm.told_nothing(config.y):
+def find_embedder(config, images, device):
+    """e_i, frozen, as the image model knows it: whole, or reduced by PCA or K-means. None without y."""
+    if config.stage not in ("prior", "image") or twosdm.told_nothing(config.y):
         return None
-    embedder, folder = whole_embedder(config, images).to(device), Path(config.runs) / config.dataset
+    folder = run_folder(config).parent
+    if config.embedder == "clip":
+        embedder = twosdm.ClipEmbedder(config.clip_weights)
+    elif config.embedder == "pixels":
+        pca = fitted(folder, f"pixels-{images.fingerprint}", lambda: twosdm.fit_pixels(images))
+        embedder = twosdm.Reduced(twosdm.Pixels(config.resolution), pca)
+    else:
+        if config.dataset != "shapes":
+            raise UserError("--embedder shapes knows only the embedded world: choose clip or pixels")
+        embedder = twosdm.trained_clip(folder / "embedder/checkpoint.pt")
+    embedder.to(device)
     if config.y == "clip":
         return embedder
 
     def fit():
         bank = twosdm.embedding_bank(images, embedder, folder, device=device)
-        rows = torch.from_numpy(bank[0, :, :-twosdm.LABEL_DIM].copy())
+        rows = twosdm.send(bank[0, :, :-twosdm.LABEL_DIM], "cpu")
         return twosdm.fit_reduction(config.y, rows, config.seed)
 
-    name = f"{config.y.replace(':', '')}-{twosdm.fingerprint(embedder)}-{images.fingerprint}-{config.seed}.pt"
-    return twosdm.Reduced(embedder, fitted(folder / "reductions" / name, images, fit)).to(device)
+    name = f"{config.y.replace(':', '')}-{twosdm.fingerprint(embedder)}-{images.fingerprint}-{config.seed}"
+    return twosdm.Reduced(embedder, fitted(folder, name, fit)).to(device)
 
 
-def whole_embedder(config, images):
-    """e_i, frozen: public CLIP, the shapes' small CLIP (trained before) or a PCA of pixels (fitted here)."""
-    path = Path(config.runs) / config.dataset / "embedder" / "checkpoint.pt"
-    if config.embedder == "clip":
-        return twosdm.ClipEmbedder(config.clip_weights)
-    if config.embedder == "pixels":
-        return twosdm.Reduced(twosdm.Pixels(config.resolution),
-                              fitted(path, images, lambda: twosdm.fit_pixels(images)))
-    if config.dataset != "shapes":
-        raise UserError("--embedder shapes knows only the embedded world: choose clip or pixels")
-    if not path.exists():
-        raise UserError("the embedder of shapes is not trained yet: python train.py --stage embedder")
-    checkpoint = twosdm.load_checkpoint(path, stage="embedder")
-    if checkpoint["seen"] < checkpoint["config"]["images"]:
-        raise UserError("the embedder of shapes is half trained: python train.py --stage embedder goes on")
-    return twosdm.trained_clip(checkpoint)
-
-
-def fitted(path, images, fit):
-    """The reduction that fit() gives, fitted by one process once and kept in a file. Raises UserError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def fitted(folder, name, fit):
+    """The reduction that fit() gives, fitted once, by one process, and kept in a file. Raises UserError."""
+    path = folder / f"reductions/{name}.pt"
     with twosdm.locked(path.with_suffix(".lock")):
         if not path.exists():
-            state = fit().state_dict()
-            twosdm.save_checkpoint(path, stage="reduction", images=images.fingerprint, state=state)
-    checkpoint = twosdm.load_checkpoint(path, stage="reduction")
-    if checkpoint["images"] != images.fingerprint:
-        raise UserError(f"{path} belongs to other images or another resolution: give another --runs folder")
-    return twosdm.restore_reduction(checkpoint["state"])
-
-
-def caption_embeddings(embedder, config, count):
-    """The text side's embedding of every training image's caption, brought to rms 0.5: (N, D) float32."""
-    clip = embedder.inner if config.y != "clip" else embedder
-    if clip.name != "shapes":
-        raise UserError("--a text needs the small CLIP of shapes: leave --embedder out")
-    captions = twosdm.shapes_captions(torch.arange(count), config.seed)
-    with torch.no_grad():
-        return clip.text_condition(captions).cpu().numpy()
+            twosdm.save_checkpoint(path, stage="reduction", state=fit().state_dict())
+    return twosdm.restore_reduction(twosdm.load_checkpoint(path, stage="reduction")["state"])
 
 
 # ============================================================================================================
@@ -893,99 +809,67 @@ def main():
     known, _ = early.parse_known_args()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,           # only what is given is there
         epilog=f"The defaults are those of --dataset {known.dataset} --stage {known.stage} (all: image); "
                f"others have others. Data sets: {', '.join(PRESETS)}.")
     add_flags(parser, configure(known.dataset, known.stage))
     parser.add_argument("--dry-run", action="store_true",
                         help="print every setting with its source, and parameter counts, as JSON")
-    args = vars(parser.parse_args())
-    dry_run = args.pop("dry_run")
-    changes = {name: value for name, value in args.items()
-               if value is not None and name not in ("dataset", "stage")}
+    given = vars(parser.parse_args())
+    changes = {name: value for name, value in given.items() if name not in ("dataset", "stage", "dry_run")}
+    if changes.get("data"):
+        changes["data"] = os.path.abspath(changes["data"])    # for sample.py, wherever it is called
     stages = [known.stage]
     if known.stage == "all":
-        stages = [stage for stage in STAGES if not (stage == "embedder" and known.dataset != "shapes")]
-    elif known.stage == "embedder" and known.dataset != "shapes":
-        raise UserError("only the embedder of shapes is trained: leave --stage embedder out")
-    y = changes.get("y", "clip")
-    twosdm.check_y(y)
-    if not twosdm.has_prior(y):
-        if known.stage == "prior":
-            raise UserError(f"--y {y} leaves the prior nothing to learn: clusters are drawn by frequency")
-        stages = [stage for stage in stages if stage != "prior"]
+        stages = list(STAGES)
+        if known.dataset != "shapes":
+            stages.remove("embedder")
+        if not twosdm.has_prior(changes.get("y", "clip")):
+            stages.remove("prior")
     configs = [configure(known.dataset, stage, **changes) for stage in stages]
-    if dry_run:
-        for i, config in enumerate(configs):          # a list of objects, one line for each setting
-            lines = [f'"{name}": {json.dumps(entry)}' for name, entry in describe(config, changes).items()]
-            print("[{" if i == 0 else ",{", ",\n  ".join(lines), "}")
-        print("]")
+    if "dry_run" in given:
+        described = json.dumps([describe(config, changes) for config in configs])
+        print(described.replace("}, ", "},\n"))       # a line for each setting
         return 0
     device = twosdm.pick_device(configs[0].device)
     twosdm.join_processes(device)
-    together = f", {twosdm.processes()} processes" if twosdm.processes() > 1 else ""
-    print(f"{known.dataset}: {', '.join(stages)} on {device}{together}")
+    print(f"{known.dataset}: {', '.join(stages)} on {device} (processes: {twosdm.processes()})")
     for config in configs:
-        if config.short:
-            print(f"{config.stage}, --short: step size rises over {config.lr_ramp:,} images, EMA half-life "
-                  f"{config.ema_half_life:,} images")
         folder = run_folder(config)
-        with contextlib.ExitStack() as held:
-            if twosdm.rank() == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                busy = f"another process is training {folder}: wait for it, or give another --runs folder"
-                held.enter_context(twosdm.locked(folder / "lock", busy))
+        busy = f"another process is training {folder}: wait for it, or give another --runs folder"
+        with twosdm.locked(folder / f"lock{twosdm.rank()}", busy):
+            if not twosdm.rank():                     # the lock of the first is the folder's
                 twosdm.clear_unfinished(folder)
             if not train(config, device):
                 return 130
     if known.stage == "all":
-        where = f" --runs {configs[0].runs} --dataset {known.dataset}" if len(sys.argv) > 1 else ""
+        where = "".join(f" --{name} {given[name]}" for name in ("runs", "dataset", "y") if name in given)
+        print("Samples to look at:", *filter(None, map(newest_picture, configs)))
         print(f"Next: python sample.py{where}, then python evaluate.py{where}")
     return 0
 
 
+FIXED = "sigma_data p_mean p_std sigma_min sigma_max rho s_noise".split()     # EDM's, which no flag changes
+
+
 def describe(config, changes):
     """What --dry-run prints of a stage: each setting with its source, the number of parameters."""
-    side, stages = config.resolution, [config.stage]
-    y_dim = dict(clip=512, pixels=min(64, 3 * min(side, 32)**2), shapes=64)[config.embedder]
-    a_dim = y_dim if config.a == "text" else count_classes(config)
-    if config.stage == "baseline" or twosdm.told_nothing(config.y):
-        y_dim = 0
-    elif ":" in config.y:
-        y_dim = int(config.y.split(":")[1])
-    shape = (4, side // 8, side // 8) if config.vae else (3, side, side)
+    side, classes, (_, sources) = config.resolution, 0, settle(config.dataset, config.stage, changes)
+    values = dataclasses.asdict(config)
+    for function in (twosdm.Denoiser, twosdm.sigma_schedule, twosdm.Sampler):
+        parameters = inspect.signature(function).parameters
+        values |= {name: parameters[name].default for name in FIXED if name in parameters}
+    values |= {"adam_" + name: value for name, value in ADAM.items()}
+    if config.a == "class":
+        classes = CLASSES.get(config.dataset) or len(twosdm.ImageFiles(config.data or "--data").classes)
     with torch.device("meta"):                        # shapes without contents: instant at any size
-        modules = []
-        if config.stage == "joint":
-            modules, stages = [image_tower(untrained(config))], ["prior", "image"]
-        if config.stage == "embedder":
-            modules, stages = [twosdm.SmallClip()], []
-        for stage in stages:
-            model = network(dataclasses.replace(config, stage=stage), y_dim, a_dim, shape)
-            modules.append(twosdm.build_denoiser(model))
-    values, whence = dataclasses.asdict(config), sources(config.dataset, config.stage, changes)
-    for function in (twosdm.Denoiser, twosdm.sigma_schedule, twosdm.Sampler):   # what no flag changes
-        for name, parameter in inspect.signature(function).parameters.items():
-            if name in ("sigma_data", "p_mean", "p_std", "sigma_min", "sigma_max", "rho", "s_noise"):
-                values[name], whence[name] = parameter.default, "EDM"
-    for name, value in ADAM.items():
-        values["adam_" + name], whence["adam_" + name] = value, "EDM"
-    values["parameters"] = sum(p.numel() for module in modules for p in module.parameters())
-    whence["parameters"] = "counted"
-    if config.short:
-        for name in {"lr_ramp", "ema_half_life"} - changes.keys():
-            whence[name] = f"{whence[name]}, scaled by --short"
-    return {name: dict(value=value, source=whence.get(name, "ours")) for name, value in values.items()}
-
-
-def count_classes(config):
-    """The number of classes that a configuration uses, without preparing its data."""
-    if config.a != "class":
-        return 0
-    if config.dataset in CLASSES:
-        return CLASSES[config.dataset]
-    if not config.data:
-        raise UserError("--a class: to count the classes add --data FOLDER_OR_ZIP")
-    return len(twosdm.ImageFiles(config.data).classes)
+        dims = dict(clip=twosdm.ClipEmbedder.dim, pixels=min(64, twosdm.Pixels(side).dim),
+                    shapes=twosdm.SmallClip.kept)
+        shape = (4, side // 8, side // 8) if config.vae else (3, side, side)
+        _, module = build(config, dims[config.embedder], classes, shape)
+    values["parameters"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    sources["parameters"] = "counted"
+    return {name: dict(value=value, source=sources.get(name, "EDM")) for name, value in values.items()}
 
 
 if __name__ == "__main__":

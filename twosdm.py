@@ -31,11 +31,11 @@ import io
 import json
 import logging
 import math
+import mmap
 import os
 import pickle
 import posixpath
 import re
-import shutil
 import sys
 import time
 import warnings
@@ -48,7 +48,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from scipy.cluster.vq import kmeans2, vq
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -620,9 +620,10 @@ def convolution(cin, cout, stride=1):
 class SmallClip(nn.Module):
     """The embedded world's CLIP: convolutional image tower, word-by-word text tower, contrastive training.
 
-    forward: (B, 3, H, W) in [-1, 1] -> (B, dim), raw, then divided by twice the rms measured after training.
+    forward: (B, 3, H, W) in [-1, 1] -> (B, dim), raw. Of those it is trained with it keeps 16, which hold
+    almost all that there is to read: a short training of prior and image model learns 16 better than 64.
     """
-    name = "shapes"
+    name, kept = "shapes", 16
 
     def __init__(self, dim=64, width=32):
         super().__init__()
@@ -647,12 +648,20 @@ class SmallClip(nn.Module):
             nn.Linear(4 * w, dim),
         )
         self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.register_buffer("scale", torch.ones(()))
 
     def forward(self, x):
         if x.shape[-1] > 32:                          # the world needs no more to be read
             x = F.interpolate(x, (32, 32), mode="area")
-        return self.image(x) * self.scale
+        return self.image(x)
+
+    @torch.no_grad()
+    def keep(self, pca):
+        """From now on y is the components that a `PCA` takes of it: the last layers of both towers change."""
+        for tower, mean in (self.image, pca.mean), (self.text, 0):
+            last, tower[-1] = tower[-1], nn.Linear(tower[-1].in_features, pca.dim, device=pca.mean.device)
+            tower[-1].weight.copy_(pca.basis.T @ last.weight)
+            tower[-1].bias.copy_((last.bias - mean) @ pca.basis)
+        self.dim = pca.dim
 
     def encode_text(self, texts):
         """Captions of at most seven of the world's words -> (B, dim), raw. Raises UserError."""
@@ -665,7 +674,7 @@ class SmallClip(nn.Module):
                                 f'"three red stars on a blue background", with {vocabulary}')
             padded = words + [""] * (LONGEST_CAPTION - len(words))
             rows.append([WORDS.index(word) for word in padded])
-        return self.text(self.embed(torch.tensor(rows, device=self.scale.device)))
+        return self.text(self.embed(torch.tensor(rows, device=self.embed.weight.device)))
 
     def text_condition(self, texts):
         """Captions -> (B, dim) of rms 0.5, as the prior is told them (--a text)."""
@@ -725,6 +734,11 @@ class PCA(nn.Module):
     def transform(self, y):
         return (y.float() - self.mean) @ self.basis
 
+    def of_rms(self, y, rms=0.5):
+        """The same, scaled as a whole so that the transform of y (N, D) has this rms."""
+        found = self.transform(y).square().mean().sqrt().clip(min=1e-8)
+        return PCA(self.mean, self.basis * rms / found)
+
 
 class KMeans(nn.Module):
     """Clusters of y, for the baseline Class-cond: centers (K, D), counts (K,) of the rows of each.
@@ -778,16 +792,13 @@ def fit_reduction(y, rows, seed=0):
     return PCA.fit(rows, int(size)) if kind == "pca" else KMeans.fit(rows, int(size), seed)
 
 
-@torch.no_grad()
 def fit_pixels(images, dim=64, most=20_000):
     """The first components of a data set's pixels, scaled as a whole to rms 0.5 (fit to `most` images)."""
     pixels = Pixels(images.resolution)
     rows = np.linspace(0, len(images) - 1, min(len(images), most)).astype(int)
     parts = np.array_split(rows, len(rows) // 500 + 1)
     seen = torch.cat([pixels(images.batch(part)) for part in parts])
-    pca = PCA.fit(seen, min(dim, pixels.dim))
-    rms = pca.transform(seen).square().mean().sqrt()
-    return PCA(pca.mean, pca.basis * 0.5 / rms.clip(min=1e-8))
+    return PCA.fit(seen, min(dim, pixels.dim)).of_rms(seen)
 
 
 def restore_reduction(tensors):
@@ -797,9 +808,17 @@ def restore_reduction(tensors):
 
 def fingerprint(module):
     """12 hexadecimal digits of the sha256 of a module's weights: tells one embedder from another."""
-    digest = hashlib.sha256()
+    parts = []
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        parts += [name.encode(), tensor.detach().cpu().contiguous().numpy()]
+    return hash_of(*parts)
+
+
+def hash_of(*parts):
+    """12 hexadecimal digits of the sha256 of bytes and arrays, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()[:12]
 
 
@@ -811,10 +830,19 @@ def pack_embedder(embedder):
     return packed | dict(state={} if embedder.name == "clip" else embedder.state_dict())
 
 
-def trained_clip(checkpoint):
-    """The small CLIP of the embedder's checkpoint, averaged, in eval mode."""
-    embedder = SmallClip()
+def frozen(module, state):
+    """The module with these tensors, in eval mode and not to be trained."""
+    module.load_state_dict(state)
+    return module.eval().requires_grad_(False)
+
+
+def trained_clip(path):
+    """The small CLIP of the embedder's checkpoint, averaged, with the components that it keeps. UserError."""
+    checkpoint, embedder = load_checkpoint(path, "embedder") if path.exists() else {}, SmallClip()
+    if "basis" not in checkpoint:
+        raise UserError(f"{path} is not there or not trained to its end: python train.py --stage embedder")
     embedder.load_state_dict(checkpoint["ema"])
+    embedder.keep(PCA(checkpoint["mean"], checkpoint["basis"]))
     return embedder.eval().requires_grad_(False)
 
 
@@ -829,11 +857,8 @@ def unpack_embedder(packed, clip_weights="openai"):
             raise UserError("CLIP's weights are not those of this run: give its own with --clip-weights FILE")
         return embedder
     if packed["name"] == "pixels":
-        embedder = Pixels(math.isqrt(packed["dim"] // 3))
-    else:
-        embedder = SmallClip(packed["dim"])
-    embedder.load_state_dict(packed["state"])
-    return embedder.eval().requires_grad_(False)
+        return Pixels(math.isqrt(packed["dim"] // 3))
+    return frozen(SmallClip(packed["dim"]), packed["state"])
 
 
 @torch.no_grad()
@@ -844,9 +869,12 @@ def embedding_bank(images, embedder, folder, augment=None, views=1, seed=0, devi
     View v of image i is an augmentation of its own; without augmentation there is one view.
     Departure: the paper augments anew each time, here there are `views`.
     """
-    N, name = len(images), f"bank-{fingerprint(embedder)}-{images.fingerprint}"
+    N = len(images)
+    name = f"bank-{fingerprint(embedder)}-{images.fingerprint}"
     if augment:
         name += f"-p{augment.p:g}-s{seed}-v{views}"
+    else:
+        views = 1
 
     def embed(start, stop):
         rows = np.arange(start, stop)
@@ -857,7 +885,6 @@ def embedding_bank(images, embedder, folder, augment=None, views=1, seed=0, devi
             x, labels = augment(x, augment.random(len(rows), generator))
         return torch.cat([embedder(x).float(), labels], dim=1).cpu().numpy()
 
-    views = views if augment else 1
     row = np.dtype((np.float32, (embedder.dim + LABEL_DIM,)))
     bank = made_once(Path(folder) / f"{name}.f32", views * N, row, embed, "embeddings", batch)
     return bank.reshape(views, N, -1)
@@ -994,7 +1021,7 @@ def filters(size, device):
 # 8 The embedded world
 # ============================================================================================================
 # A procedural data set, with the vocabulary of what its images show and its captions say.
-SHAPES = ("circle", "ring", "square", "triangle", "cross", "star")
+SHAPES = "circle ring square triangle cross star".split()
 COLORS = dict(red=0, orange=30, yellow=55, green=120, cyan=180, blue=225, purple=275, pink=325)    # hue in °
 COUNTS = ("one", "two", "three", "four")
 ATTRIBUTES = dict(shape=len(SHAPES), color=len(COLORS), background=len(COLORS), count=len(COUNTS))
@@ -1021,17 +1048,17 @@ def hsv_to_rgb(hue, saturation, value):
 def signed_distance(shape, x, y):
     """Signed distance (negative inside) of points (x, y), each (...), to a shape of circumradius 1 at 0."""
     r = (x**2 + y**2).sqrt()
+    long = torch.maximum(x.abs(), y.abs())
+    short = torch.minimum(x.abs(), y.abs())
     if shape == "circle":
         return r - 0.9
     if shape == "ring":
         return (r - 0.72).abs() - 0.24
     if shape == "square":
-        return torch.maximum(x.abs(), y.abs()) - 0.75
+        return long - 0.75
     if shape == "triangle":
         return torch.maximum(y - 0.5, math.sqrt(0.75) * x.abs() - 0.5 * y - 0.5)
     if shape == "cross":
-        long = torch.maximum(x.abs(), y.abs())
-        short = torch.minimum(x.abs(), y.abs())
         return torch.maximum(long - 0.95, short - 0.3)
     # A star: fold the plane into one half of one of its five rays, then the distance to that half's edge.
     half = math.pi / 5
@@ -1054,10 +1081,10 @@ def shapes_images(index, resolution, seed=0):
     """(N,) int64 -> (N, H, W, 3) uint8: image i is a function of (seed, i) and the resolution alone.
 
     One to four objects of one shape and one color on a background of another: which shape, which colors and
-    how many are decided once for the whole image; each object's place, size, rotation and shade vary freely.
+    how many are decided once for the whole image; each object's place, size and shade vary freely.
     """
     shown = shapes_attributes(index, seed)
-    u = uniform(seed + 1, index, 40)[:, :, None, None]                                    # (N, 40, 1, 1)
+    u = uniform(seed + 1, index, 25)[:, :, None, None]                                    # (N, 25, 1, 1)
     hues = torch.tensor(list(COLORS.values()), dtype=torch.float32)
     axis = (torch.arange(resolution) + 0.5) / resolution * 2 - 1                          # pixel centers
     y, x = torch.meshgrid(axis, axis, indexing="ij")                                      # (H, W)
@@ -1070,27 +1097,29 @@ def shapes_images(index, resolution, seed=0):
     start = (u[:, 3] * 4).long()
     turn = 2 * (u[:, 4] < 0.5).long() - 1
     for j in range(4):
-        v = u[:, 8 + 8 * j:16 + 8 * j]                                                    # (N, 8, 1, 1)
+        v = u[:, 5 + 5 * j:10 + 5 * j]                                                    # (N, 5, 1, 1)
         quadrant = (start + turn * j) % 4
-        cx = torch.where(quadrant % 3 == 0, -0.48, 0.48) + 0.12 * (v[:, 0] - 0.5)
-        cy = torch.where(quadrant < 2, -0.48, 0.48) + 0.12 * (v[:, 1] - 0.5)
-        size, angle = 0.4 + 0.08 * v[:, 2], (v[:, 3] - 0.5) * math.pi / 4
-        px = ((x - cx) * angle.cos() + (y - cy) * angle.sin()) / size
-        py = ((y - cy) * angle.cos() - (x - cx) * angle.sin()) / size
+        cx = torch.where(quadrant % 3 == 0, -0.48, 0.48) + 0.08 * (v[:, 0] - 0.5)
+        cy = torch.where(quadrant < 2, -0.48, 0.48) + 0.08 * (v[:, 1] - 0.5)
+        size = 0.42 + 0.06 * v[:, 2]
+        px = (x - cx) / size                                                              # (N, H, W)
+        py = (y - cy) / size
         distance = torch.empty_like(px)
         for s, name in enumerate(SHAPES):
             rows = shown["shape"] == s
             distance[rows] = signed_distance(name, px[rows], py[rows])
         there = (j <= shown["count"])[:, None, None]
         cover = (0.5 - distance * size * resolution / 2).clip(0, 1) * there               # (N, H, W)
-        paint = hsv_to_rgb(hues[shown["color"]][:, None, None], 0.8 + 0.2 * v[:, 4], 0.85 + 0.15 * v[:, 5])
+        paint = hsv_to_rgb(hues[shown["color"]][:, None, None], 0.8 + 0.2 * v[:, 3], 0.85 + 0.15 * v[:, 4])
         image = image + cover[..., None] * (paint - image)
     return (image * 255).round().clip(0, 255).to(torch.uint8)
 
 
 def shapes_captions(index, seed=0):
     """(N,) -> captions such as "three red stars on a blue background"."""
-    shown, colors, captions = shapes_attributes(index, seed), list(COLORS), []
+    shown = shapes_attributes(index, seed)
+    colors = list(COLORS)
+    captions = []
     for shape, color, background, count in zip(*(shown[name].tolist() for name in ATTRIBUTES)):
         noun = PLURALS[shape] if count else SHAPES[shape]
         scene = colors[background]
@@ -1162,30 +1191,25 @@ class Images:
             return array if array is None else Rows(lambda i: array[rows[i]], len(rows), array.shape[1:])
 
         labels = None if self.labels is None else self.labels[rows]
-        digest = hashlib.sha256(self.fingerprint.encode() + rows.tobytes()).hexdigest()[:12]
-        return Images(self.name, some(self.pixels), digest, labels, self.classes, some(self.latents))
+        fingerprint = hash_of(self.fingerprint.encode(), rows)
+        return Images(self.name, some(self.pixels), fingerprint, labels, self.classes, some(self.latents))
 
 
 def made_once(path, total, row, make, what, batch=256):
     """A memory map of `total` rows of the dtype `row`, made once by make(start, stop), whatever happens.
 
     Rows are appended to a .part file, so that a killed process goes on where it was, to the bit; the finished
-    file arrives by a rename. Another process that wants it waits. Raises UserError if the disk is too small.
+    file arrives by a rename. Another process that wants it waits. Raises UserError if the disk is full.
     """
-    path, row = Path(path), np.dtype(row)
-    size, part = total * row.itemsize, path.with_suffix(".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    row = np.dtype(row)
+    size = total * row.itemsize
+    part = path.with_suffix(".part")
     with locked(path.with_suffix(".lock")):
         if not path.exists() or path.stat().st_size != size:
             with writing(part), open(part, "ab") as file:
                 # Whole batches, as they are made as one.
                 done = file.tell() // (row.itemsize * batch) * batch
                 file.truncate(done * row.itemsize)
-                missing = size - done * row.itemsize
-                free = shutil.disk_usage(path.parent).free
-                if missing > free:
-                    raise UserError(f"{path.parent} has {free:,} bytes free, but {what} needs {missing:,} "
-                                    f"more: free some space or choose another folder; what is done is kept")
                 with tqdm(total=total, initial=done, desc=what, unit=" images") as bar:
                     for start in range(done, total, batch):
                         stop = min(start + batch, total)
@@ -1197,8 +1221,8 @@ def made_once(path, total, row, make, what, batch=256):
     return np.memmap(path, row, "r", shape=(total,))
 
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")    # no EPS: Pillow would start Ghostscript
+SUFFIXES = ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .ppm .pgm"
+FORMATS = "PNG JPEG WEBP BMP GIF TIFF PPM".split()    # no EPS: Pillow would start Ghostscript
 LARGEST_FILE = 2**28                                  # bytes; more is a mistake, or a bomb
 MOST_CLASSES = 100_000
 
@@ -1213,86 +1237,66 @@ class ImageFiles:
 
     def __init__(self, source):
         self.source = Path(source)
-        with reading(source, "give a folder or a zip of images, or download it again", folder=True):
-            files = sorted(list_files(self.source))
-        self.files = [file for file in files if is_image(file[0])]        # (name, size, stamp, path) of each
-        if not self.files:
-            raise UserError(f"{source} holds no images ({' '.join(SUFFIXES)}, at any depth): give another "
-                            f"path")
-        self.names = [file[0] for file in self.files]
+        with reading(source, "give --data FOLDER_OR_ZIP of images, downloaded whole"):
+            files = dict(list_files(self.source))
+        self.names = sorted(filter(is_image, files))
+        self.files = [files[name] for name in self.names]                 # (size, stamp, path) of each
+        if not self.names:
+            raise UserError(f"{source} holds no images ({SUFFIXES}, at any depth): give another path")
         self.labels, self.classes = None, []
-        folders = [posixpath.dirname(name) for name in self.names]
-        root = posixpath.commonpath(set(folders))
-        kinds = [folder[len(root):].lstrip("/").split("/")[0] for folder in folders]
+        folders = [name.split("/")[:-1] for name in self.names]
+        depth = len(posixpath.commonprefix(folders))  # of the deepest that holds everything
+        kinds = [[*folder, ""][depth] for folder in folders]
         if all(kinds):
             classes, self.labels = np.unique(kinds, return_inverse=True)
             self.classes = classes.tolist()
-        tables = [file for file in files if posixpath.basename(file[0]) == "dataset.json"]
-        if tables:                                    # the one nearest to the top
-            self.labels, self.classes = self.json_labels(min(tables, key=lambda file: file[0].count("/")))
-        digest = hashlib.sha256(b"" if self.labels is None else self.labels.tobytes())
-        for name, size, stamp, _ in self.files:
+        tables = [name for name in files if posixpath.basename(name) == "dataset.json"]
+        if tables:
+            table = min(tables, key=len)              # the one nearest to the top
+            self.labels, self.classes = self.json_labels(table, files[table])
+        self.label_bytes = b"" if self.labels is None else self.labels.tobytes()
+        digest = hashlib.sha256(self.label_bytes)
+        for name, (size, stamp, _) in zip(self.names, self.files):
             digest.update(f"{name}\0{size}\0{stamp}\n".encode(errors="surrogateescape"))
-        self.key = digest.hexdigest()
+        self.key = digest.hexdigest()[:16]
 
-    def __len__(self):
-        return len(self.files)
-
-    def json_labels(self, file):
+    def json_labels(self, table, file):
         """(labels (N,), class names) of EDM's {"labels": [[name, int], ...]}; (None, []) if that is null."""
-        folder = posixpath.dirname(file[0])
-        with reading(self.source / file[0], 'it should be {"labels": [[name, number], ...]} with every image '
+        folder = posixpath.dirname(table)
+        with reading(self.source / table, 'it should be {"labels": [[name, number], ...]} with every image '
                      'or {"labels": null}: repair or remove it'):
             pairs = json.loads(content(file))["labels"]
             if pairs is None:
                 return None, []
-            numbers = {name.replace("\\", "/"): label for name, label in pairs}
+            numbers = dict(pairs)
             labels = [numbers[name.removeprefix(folder).lstrip("/")] for name in self.names]
-            if not all(type(label) is int and 0 <= label < MOST_CLASSES for label in labels):
-                raise ValueError
-            return np.array(labels), [str(i) for i in range(max(labels) + 1)]
+            assert set(labels) <= set(range(MOST_CLASSES))
+            return np.array(labels, np.int64), [str(i) for i in range(max(labels) + 1)]
 
     def load(self, rows, resolution):
-        """Rows (B,) -> (B,) of `pixels_row`: good or not, and the pixels, black where they are not."""
-        loaded = np.zeros(len(rows), pixels_row(resolution))
+        """Rows (B,) -> pixels (B, R, R, 3), black where there are none to be had, and {row: why} of these."""
+        faults = {}
 
-        def load_one(i):
-            with contextlib.suppress(Exception):      # on bad bytes Pillow's readers raise anything
-                loaded["pixels"][i] = read_square(content(self.files[rows[i]]), resolution)
-                loaded["good"][i] = True
+        def load_one(row):
+            try:
+                return read_square(content(self.files[row]), resolution)
+            except Exception as error:                # on bad bytes Pillow's readers raise anything
+                faults[row] = str(error).split(" <")[0][:100]             # no addresses of objects
+                return np.zeros((resolution, resolution, 3), np.uint8)
 
         with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
             warnings.simplefilter("ignore")           # Pillow on odd EXIF, palettes and large sizes
-            list(pool.map(load_one, range(len(rows))))                    # decoding needs no interpreter
-        return loaded
-
-    def pixels(self, rows, resolution):
-        """Rows (B,) of good images -> (B, R, R, 3), read now. Raises UserError if one has gone bad."""
-        loaded = self.load(rows, resolution)
-        for row in rows[~loaded["good"]]:
-            raise UserError(f"{self.source}: {self.names[row]} cannot be read any more: put it back, or "
-                            f"start again to prepare the images as they are now")
-        return loaded["pixels"]
-
-    def describe(self, bad, resolution):
-        """One sentence on the rows that cannot be used."""
-        faults = []
-        for row in bad[:5]:
-            try:
-                read_square(content(self.files[row]), resolution)
-            except Exception as error:
-                fault = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)[:100]
-                faults.append(f"{self.names[row]} ({fault})")
-        return (f"{len(bad)} of {len(self)} images cannot be used, among them {', '.join(faults)}: repair or "
-                f"remove them, or go on without them (--skip-bad); what is done is kept")
+            pixels = np.stack(list(pool.map(load_one, rows)))             # decoding needs no interpreter
+        return pixels, faults
 
 
 def list_files(source):
-    """(name, size, stamp, path) of each file of a folder or zip; links are followed, but no folder twice."""
+    """(name, (size, stamp, path)) of a folder's or zip's files; links are followed, but no folder twice."""
     if not source.is_dir():
         archive = zipfile.ZipFile(source)             # its paths keep it open
         for entry in archive.infolist():
-            yield entry.filename, entry.file_size, entry.CRC, zipfile.Path(archive, entry.filename)
+            name = entry.filename
+            yield name, (entry.file_size, entry.CRC, zipfile.Path(archive, name))
         return
     seen = set()
     for folder, inner, names in os.walk(source, followlinks=True):
@@ -1303,13 +1307,13 @@ def list_files(source):
         seen.add(real)
         for name in names:
             path = Path(folder, name)
-            info = path.stat() if path.exists() else path.lstat()
-            yield path.relative_to(source).as_posix(), info.st_size, info.st_mtime_ns, path
+            info = path.stat(follow_symlinks=path.exists())
+            yield path.relative_to(source).as_posix(), (info.st_size, info.st_mtime_ns, path)
 
 
 def content(file):
     """The bytes of a listed file, of a zip without unpacking it. Raises what the system and zipfile do."""
-    name, size, stamp, path = file
+    size, stamp, path = file
     if size > LARGEST_FILE or not path.is_file():     # a pipe or a device would be read for ever
         raise ValueError("not a regular file of at most 256 MB")
     return path.read_bytes()
@@ -1317,13 +1321,8 @@ def content(file):
 
 def is_image(name):
     """Whether a name ends like an image's and no part is hidden; a Mac leaves __MACOSX in its zips."""
-    hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-    return name.lower().endswith(SUFFIXES) and not hidden
-
-
-def pixels_row(resolution):
-    """What the cache keeps of an image."""
-    return np.dtype([("good", np.bool_), ("pixels", np.uint8, (resolution, resolution, 3))])
+    hidden = "/." in f"/{name}" or "__MACOSX" in name
+    return Path(name).suffix.lower() in SUFFIXES.split() and not hidden
 
 
 def read_square(file, resolution):
@@ -1341,13 +1340,11 @@ def read_square(file, resolution):
     left = (image.width - side) // 2
     top = (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
-    if image.mode.startswith("I"):                   # Pillow's convert would clip 16 bits to 255
+    if image.mode.startswith(("I", "F")):            # Pillow's convert would clip 16 bits to 255
         gray = np.asarray(image).astype(np.int64)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise ValueError("32-bit pixels")
+        if image.mode == "F" or gray.min() < 0 or gray.max() > 65535:
+            raise ValueError("32-bit pixels, whose white is not defined")
         image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point pixels, whose white is not defined")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1361,42 +1358,53 @@ def prepare_images(source, resolution, cache, skip_bad=False, autoencoder=None):
     What was prepared is used again only if the `key` of the files and the settings are the same, otherwise it
     is prepared anew beside the old. Bad images are named at the end, by a UserError unless `skip_bad`.
     """
-    files, name, row = ImageFiles(source), f"pixels-{resolution}", pixels_row(resolution)
+    files = ImageFiles(source)
+    total = len(files.names)
+    square = resolution, resolution, 3
+    name = f"pixels-{resolution}"
+    kept = np.uint8, square
     if autoencoder is not None:
         name = f"latents-{resolution}-{fingerprint(autoencoder)}"
-        row = autoencoder.row(resolution)
+        kept = np.float32, autoencoder.moments_shape(resolution)
+    row = np.dtype([("good", np.bool_), ("kept", *kept)])
 
     def make(start, stop):
-        loaded = files.load(np.arange(start, stop), resolution)
-        if autoencoder is None:
-            return loaded
-        encoded = np.zeros(len(loaded), row)
-        encoded["good"] = loaded["good"]
-        x = to_float(send(loaded["pixels"], autoencoder.mean.device)).permute(0, 3, 1, 2)
-        encoded["latents"] = autoencoder.encode(x).cpu()
-        return encoded
+        made = np.zeros(stop - start, row)
+        content, faults = files.load(range(start, stop), resolution)
+        made["good"] = [i not in faults for i in range(start, stop)]
+        if autoencoder is not None:
+            x = Images("", content, "").batch(slice(None), autoencoder.mean.device)
+            content = autoencoder.encode(x).cpu()
+        made["kept"] = content
+        return made
+
+    def read(rows):
+        pixels, faults = files.load(rows, resolution)
+        for i in faults:
+            raise UserError(f"{source}: {files.names[i]} cannot be read any more: put it back, or start "
+                            f"again to prepare the images as they are now")
+        return pixels
 
     batch = min(max(2**25 // (3 * resolution**2), 16), 512)               # about 32 MB of pixels
-    path = Path(cache) / f"{name}-{files.key[:16]}.rows"
-    rows = made_once(path, len(files), row, make, "preparing", batch)
+    path = Path(cache) / f"{name}-{files.key}.rows"
+    rows = made_once(path, total, row, make, "preparing", batch)
     summary = path.with_suffix(".pt")                 # what only a look at all rows can tell
     if not summary.exists():
         bad = np.flatnonzero(~rows["good"]).tolist()
         save_checkpoint(summary, bad=bad, sha256=hashlib.sha256(rows.view(np.uint8)).hexdigest())
     known = load_checkpoint(summary)
-    bad, digest = known["bad"], hashlib.sha256(known["sha256"].encode())
-    if bad and (not skip_bad or len(bad) == len(files)):
-        raise UserError(files.describe(bad, resolution))
-    if files.labels is not None:
-        digest.update(files.labels.tobytes())
-    images = Images(str(source), None, digest.hexdigest()[:12], files.labels, files.classes)
-    if autoencoder is None:
-        images.pixels = rows["pixels"]
-    else:
-        shape = resolution, resolution, 3
-        images.pixels = Rows(lambda i: files.pixels(i, resolution), len(files), shape)
-        images.latents = rows["latents"]
-    return images.subset(np.setdiff1d(np.arange(len(files)), bad)) if bad else images
+    bad = known["bad"]
+    if bad and (not skip_bad or len(bad) == total):
+        _, faults = files.load(bad[:5], resolution)
+        among = ", ".join(f"{files.names[i]} ({faults.get(i)})" for i in bad[:5])
+        raise UserError(f"{len(bad)} of {total} images cannot be used, among them {among}: repair or "
+                        f"remove them, or go on without them (--skip-bad); what is done is kept")
+    digest = hash_of(known["sha256"].encode(), files.label_bytes)
+    images = Images(str(source), rows["kept"], digest, files.labels, files.classes)
+    if autoencoder is not None:
+        images.latents = images.pixels
+        images.pixels = Rows(read, total, square)
+    return images.subset(np.setdiff1d(np.arange(total), bad)) if bad else images
 
 
 def shapes_world(index, resolution, seed=0):
@@ -1404,20 +1412,19 @@ def shapes_world(index, resolution, seed=0):
     parts = tqdm(index.split(500), "drawing shapes", disable=len(index) * resolution**2 < 1e7)
     pixels = torch.cat([shapes_images(part, resolution, seed) for part in parts]).numpy()
     labels = shapes_attributes(index, seed)["shape"].numpy()
-    return Images("shapes", pixels, hashlib.sha256(pixels).hexdigest()[:12], labels, list(SHAPES))
+    return Images("shapes", pixels, hash_of(pixels), labels, SHAPES)
 
 
 def cifar10(folder):
     """CIFAR-10's 50,000 training images, which torchvision downloads into the folder once."""
     import torchvision
-    Path(folder).mkdir(parents=True, exist_ok=True)
     url = torchvision.datasets.CIFAR10.url
     remedy = f"fetch {url} elsewhere, put it into a folder and give --data FOLDER"
     with locked(Path(folder) / "lock"), contextlib.redirect_stdout(sys.stderr), loading("CIFAR-10", remedy):
         data = torchvision.datasets.CIFAR10(folder, train=True, download=True)
+    pixels = np.ascontiguousarray(data.data)
     labels = np.array(data.targets, np.int64)
-    digest = hashlib.sha256(data.data.tobytes() + labels.tobytes())
-    return Images("cifar10", data.data, digest.hexdigest()[:12], labels, data.classes)
+    return Images("cifar10", pixels, hash_of(pixels, labels), labels, data.classes)
 
 
 def load_images(config, autoencoder=None):
@@ -1475,14 +1482,13 @@ class Autoencoder(nn.Module):
         for name, values in dict(mean=LATENT_MEAN, std=LATENT_STD).items():
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
-    def row(self, resolution):
-        """What a cache keeps of an image: good or not, and its moments. Raises UserError."""
+    def moments_shape(self, resolution):
+        """(2C, R/f, R/f). Raises UserError."""
         if resolution % self.factor:
             raise UserError(f"the autoencoder needs a --resolution divisible by {self.factor}")
         side = resolution // self.factor
-        return np.dtype([("good", np.bool_), ("latents", np.float32, (2 * self.channels, side, side))])
+        return 2 * self.channels, side, side
 
-    @torch.no_grad()
     def encode(self, x, chunk=8):
         """(B, 3, R, R) in [-1, 1] -> moments (B, 2C, R/f, R/f): means, then standard deviations, unscaled."""
         # The network sees [0, 1], as in the code of EDM's successor: the constants above are of such latents.
@@ -1499,7 +1505,6 @@ class Autoencoder(nn.Module):
         mean, std = moments.float().chunk(2, dim=1)                                       # (B, C, r, r)
         return (mean + std * noise - self.mean) / self.std * 0.5
 
-    @torch.no_grad()
     def decode(self, z, chunk=8):
         """(B, C, R/f, R/f) as `sample` gives it -> (B, 3, R, R) in [-1, 1]."""
         parts = (z.float() / 0.5 * self.std + self.mean).split(chunk)
@@ -1546,23 +1551,20 @@ def run(main):
 
 
 @contextlib.contextmanager
-def reading(path, remedy, folder=False):
+def reading(path, remedy):
     """Whatever goes wrong in reading and interpreting one file becomes a sentence that names it."""
     try:
-        right = Path(path).is_file() or (folder and Path(path).is_dir())
-        if Path(path).exists() and not right:         # a pipe or a device would be read for ever
-            raise UserError(f"{path} is not a file: {remedy}")
+        known = Path(path)
+        if known.exists() and not (known.is_file() or known.is_dir()):
+            raise UserError(f"{path} is not a file: {remedy}")            # a pipe would be read for ever
         yield
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except OSError as error:
-        if error.errno is None:                       # Pillow's word for damage
-            raise UserError(f"{path} is damaged ({error}): {remedy}") from None
-        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}): mend its path or "
-                        f"rights; {remedy}") from None
     except Exception as error:                        # damaged files fail in any way they like
-        raise UserError(f"{path} is damaged or not what is wanted ({type(error).__name__}): "
-                        f"{remedy}") from None
+        fault = f"{path} is damaged or not what is wanted ({type(error).__name__}): "
+        if isinstance(error, OSError) and error.errno:
+            fault = f"{error.filename or path} cannot be read ({error.strerror}): mend its path or rights; "
+        raise UserError(fault + remedy) from None
 
 
 @contextlib.contextmanager
@@ -1574,7 +1576,8 @@ def loading(what, remedy):
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        raise UserError(f"{what} cannot be loaded ({type(error).__name__}): {remedy}") from None
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise UserError(f"{what} cannot be loaded ({reason}): {remedy}") from None
     finally:
         logging.disable(logging.NOTSET)
 
@@ -1598,17 +1601,16 @@ def written(path):
     """Gives a binary file to write to, which then becomes `path`: whole or not at all, whatever happens."""
     path = Path(path)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             with open(fresh, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(fresh, path)
-    finally:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
 def clear_unfinished(folder):
@@ -1620,6 +1622,7 @@ def clear_unfinished(folder):
 @contextlib.contextmanager
 def locked(path, busy=""):
     """Holds a lock that ends with the process. Another's is waited for, or a UserError that says `busy`."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         with contextlib.suppress(ImportError):        # Windows has no fcntl
             import fcntl
@@ -1632,11 +1635,9 @@ def locked(path, busy=""):
 
 def pick_device(name):
     if name == "auto":
-        name = "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
         if torch.backends.mps.is_available():
             name = "mps"
-        if torch.cuda.is_available():
-            name = "cuda"
     if name == "cuda" and processes() > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -1680,6 +1681,7 @@ def join_processes(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # For one that never comes. While one prepares data, the others wait at its lock, as long as it takes.
     torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     if rank():
         sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -1701,7 +1703,8 @@ def gather(value):
 
 FORMAT = "twosdm 2"
 STAGES = ("embedder", "prior", "image", "baseline")     # what --stage all trains
-TRAINED = dict(dataset=str, config=dict, model=dict, data=dict, fingerprints=dict, ema=dict, seen=int)
+TRAINED = dict(dataset=str, config=dict, model=dict, data=dict, fingerprints=dict, ema=dict, seen=int,
+               embedder=(dict, type(None)))
 
 
 def save_checkpoint(path, **content):
@@ -1710,10 +1713,10 @@ def save_checkpoint(path, **content):
         torch.save(dict(format=FORMAT, **content), file)
 
 
-def load_checkpoint(path, **expected):
-    """Reads a checkpoint without running anything in it. `expected`: top entries, such as stage="prior".
+def load_checkpoint(path, stage=None):
+    """Reads a checkpoint without running anything in it.
 
-    Raises UserError if it is missing, damaged, of another program or version, or not finite.
+    Raises UserError if it is missing, damaged, of another stage, program or version, or not finite.
     """
     if not Path(path).exists():
         raise UserError(f"{path} does not exist: train it first (python train.py --help)")
@@ -1723,21 +1726,21 @@ def load_checkpoint(path, **expected):
             assert not archive.testzip()
         content = torch.load(path, map_location="cpu", weights_only=True)
         assert content["format"] == FORMAT
-        if content.get("stage") in (*STAGES, "joint"):
-            assert all(isinstance(content[name], kind) for name, kind in TRAINED.items())
+        kind = content.get("stage")
+        if kind not in (None, "reduction"):
+            assert kind in (*STAGES, "joint")
+            assert all(isinstance(content[name], types) for name, types in TRAINED.items())
         if not all_finite(content):
             raise UserError(f"{path} holds weights that are not finite: give an earlier snapshot, or train "
                             f"again")
-    for key, value in expected.items():
-        if content.get(key) != value:
-            raise UserError(f"{path} is a checkpoint of {key} '{content.get(key)}', not '{value}': "
-                            f"give another file")
+    if stage not in (None, kind):
+        raise UserError(f"{path} is a checkpoint of stage '{kind}', not '{stage}': give another file")
     return content
 
 
 def all_finite(nested):
     """Whether all tensors in nested dicts and lists are free of NaN and infinity."""
-    return all(bool(leaf.isfinite().all()) for leaf in tree_leaves(nested) if torch.is_tensor(leaf))
+    return all(leaf.isfinite().all() for leaf in tree_leaves(nested) if torch.is_tensor(leaf))
 
 
 NETWORKS = dict(prior=PriorTransformer, unet=UNet)
@@ -1746,14 +1749,13 @@ NETWORKS = dict(prior=PriorTransformer, unet=UNet)
 def build_denoiser(model):
     """A checkpoint's `model`: dict(net="prior" | "unet", settings, predict, sigma_data) -> new Denoiser."""
     net = NETWORKS[model["net"]](**model["settings"])
-    return Denoiser(net, model["sigma_data"], model["predict"])
+    return Denoiser(net, float(model["sigma_data"]), model["predict"])
 
 
 def load_denoiser(checkpoint, device="cpu"):
     """The trained denoiser of a checkpoint: its averaged weights, in eval mode."""
-    denoiser = build_denoiser(checkpoint["model"])
-    denoiser.load_state_dict(checkpoint["ema"])
-    return denoiser.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    denoiser = frozen(build_denoiser(checkpoint["model"]), checkpoint["ema"])
+    return denoiser.to(device, memory_format=torch.channels_last)
 
 
 def check_y(y):
@@ -1785,14 +1787,11 @@ def run_name(stage, y="clip", a="none", tag=""):
 
 
 def image_grid(pixels, columns):
-    """(N, H, W, 3) uint8 -> one picture (rows·(H+1)+1, columns·(W+1)+1, 3) on white, one pixel apart."""
-    N, H, W, _ = pixels.shape
-    rows = -(-N // columns)
-    sheet = np.full((rows * (H + 1) + 1, columns * (W + 1) + 1, 3), 255, np.uint8)
-    for i, image in enumerate(pixels):
-        y, x = i // columns * (H + 1) + 1, i % columns * (W + 1) + 1
-        sheet[y:y + H, x:x + W] = image
-    return sheet
+    """(N, H, W, 3) uint8 -> one picture, `columns` images in a row, on white, one pixel apart."""
+    import torchvision                                # a second to import
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    sheet = torchvision.utils.make_grid(images, columns, padding=1, pad_value=255)
+    return sheet.permute(1, 2, 0).numpy()
 
 
 def save_picture(path, pixels, least=0):
@@ -1806,8 +1805,9 @@ def save_picture(path, pixels, least=0):
 # ============================================================================================================
 # 12 EDM's published networks, read without running what is inside them
 # ============================================================================================================
-EDM_FILES = "give one of EDM's edm-*-vp.pkl or edm-imagenet-64x64-cond-adm.pkl, whole"
-MOST_MODULES = 10_000                                 # of EDM's largest network: 600
+EDM_FILES = ("it should be one of EDM's networks DDPM++ and ADM: give edm-*-vp.pkl or "
+             "edm-imagenet-64x64-cond-adm.pkl, whole")
+MOST_LETTERS = 1_000_000                              # of the names of EDM's 600 modules: 20,000
 
 
 class Inert(dict):
@@ -1840,88 +1840,79 @@ def inert_tensor(box):
         box = box.args[0]
     storage, offset, size, stride = box.args[:4]
     content = torch.load(io.BytesIO(storage.args[0]), map_location="cpu", weights_only=True)
+    assert not torch.is_tensor(content)               # whose elements could be one alone
     flat = torch.empty(0, dtype=content.dtype).set_(content)
     assert math.prod(size) <= len(flat)               # else a stride of 0 makes terabytes of a byte
     return flat.as_strided(size, stride, offset).clone()                  # raises if it leaves the storage
 
 
-def read_edm_pickle(path):
-    """EDM's .pkl -> (the tensors of its `ema` network by EDM's names, its class_name, its own settings).
+def read_edm_pickle(file):
+    """EDM's .pkl, mapped -> (tensors of its `ema` network by EDM's names, its class_name, its own settings).
 
     EDM's persistent objects reduce to one dict with their class_name and `state`, beside the source code of
-    their class, which is left unread; other modules come with their state. Raises UserError.
+    their class, which is left unread; other modules come with their state. Raises anything.
     """
     def fields(box):
         return box.args[0]["state"] if box.args else box.state
 
-    with reading(path, EDM_FILES), open(path, "rb") as file:
-        network = InertUnpickler(file).load()["ema"]
-        tensors, modules, left = {}, [("", network)], file.tell()
-        for prefix, module in modules:                # which grows on the way
-            inner = fields(module)
-            for name, tensor in (inner["_parameters"] | inner["_buffers"]).items():
-                if tensor is not None:
-                    tensors[prefix + name] = inert_tensor(tensor)
-                    left -= tensors[prefix + name].nbytes
-                    assert left > 0                   # a tensor of many names could be terabytes
-            modules += [(f"{prefix}{name}.", module) for name, module in inner["_modules"].items()
-                        if module is not None]
-            assert len(modules) < MOST_MODULES        # shared modules could be billions
-        return tensors, network.args[0]["class_name"], fields(network)
-
-
-def load_edm_pickle(path):
-    """A published `.pkl` of EDM -> a state dict for the `UNet` of its architecture. Raises UserError."""
-    return from_edm_names(read_edm_pickle(path)[0])
+    network = InertUnpickler(file).load()["ema"]
+    tensors, left = {}, len(file)
+    modules = [("", network)]
+    for prefix, module in modules:                    # which grows on the way
+        inner = fields(module)
+        for name, tensor in (inner["_parameters"] | inner["_buffers"]).items():
+            if tensor is not None:
+                tensors[prefix + name] = inert_tensor(tensor)
+                left -= tensors[prefix + name].nbytes
+                assert left > 0                       # a tensor of many names could be terabytes
+        for name, part in inner["_modules"].items():
+            if part is not None:
+                modules.append((f"{prefix}{name}.", part))
+        # Shared modules could be billions, and names grow with the depth.
+        assert len(modules) * len(prefix) < MOST_LETTERS
+    return tensors, network.args[0]["class_name"], fields(network)
 
 
 def from_edm_names(state):
-    """EDM's state dict -> one of `UNet`, whose condition is EDM's class label.
+    """EDM's state dict -> that of a `Denoiser` of a `UNet`, whose condition is EDM's class label.
 
     EDM names its blocks by resolution, in the order in which they run; here they are numbered. EDM
     interleaves q, k and v: output channel (head, channel, {q,k,v}); here it is ({q,k,v}, head, channel).
     """
-    blocks, result = {"enc": {}, "dec": {}}, {}
+    blocks = dict(enc={}, dec={})
+    result = {}
     for name, tensor in state.items():
-        part, *rest = name.removeprefix("model.").split(".")
-        if "resample_filter" in name:                 # a constant
+        if "resample_filter" in name:                 # a constant, which tells NCSN++ from DDPM++
+            assert tensor.shape == (1, 1, 2, 2)
             continue
-        if part in blocks and "_aux_" in rest[0]:     # dec.64x64_aux_norm -> out_norm
-            part, rest = "out_" + rest[0].split("_aux_")[1], rest[1:]
-        elif part in blocks:
-            number = blocks[part].setdefault(rest[0], len(blocks[part]))
-            rest = [str(number), *rest[1:]]
-        part = "map_cond" if part == "map_label" else part
-        if "qkv" in rest:
+        name = name.replace("model.", "net.").replace("map_label", "map_cond")
+        name = re.sub(r"dec\.\w+_aux_", "out_", name)                     # dec.64x64_aux_norm -> out_norm
+        if block := re.search(r"(enc|dec)\.(\w+)", name):
+            numbers = blocks[block[1]]
+            number = numbers.setdefault(block[2], len(numbers))
+            name = name.replace(block[2], str(number), 1)
+        if "qkv" in name:
             tensor = tensor.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
-        result[".".join([part, *rest])] = tensor.float()
+        result[name] = tensor.float()
     return result
 
 
 def edm_settings(state):
-    """EDM's state dict -> keyword arguments of its `UNet`, from the names and shapes of the tensors alone.
-
-    Raises anything for a network that this UNet does not load strictly.
-    """
-    shapes = {name.removeprefix("model."): tensor.shape for name, tensor in state.items()}
-    for name, shape in shapes.items():
-        assert "resample_filter" not in name or shape == (1, 1, 2, 2), "NCSN++"
+    """EDM's state dict -> keyword arguments of its `UNet`, from the names and shapes of the tensors alone."""
+    nothing = torch.empty(0, 0)
     levels = {}                                       # resolution -> channels of each encoder block
-    for name, shape in shapes.items():
-        if block := re.fullmatch(r"enc\.(\d+)x\1_block\d+\.conv0\.weight", name):
-            levels.setdefault(int(block[1]), []).append(shape[0])
+    for name, tensor in state.items():
+        if block := re.fullmatch(r"model\.enc\.(\d+)x\1_block\d+\.conv0\.weight", name):
+            levels.setdefault(int(block[1]), []).append(len(tensor))
     resolution = max(levels)
-    width, channels, *_ = shapes[f"enc.{resolution}x{resolution}_conv.weight"]
-    settings = dict(
+    width, channels, *_ = state[f"model.enc.{resolution}x{resolution}_conv.weight"].shape
+    return dict(
         resolution=resolution, channels=channels, width=width,
-        cond_dim=shapes.get("map_label.weight", (0, 0))[1],
-        augment_dim=shapes.get("map_augment.weight", (0, 0))[1],
-        arch="adm" if "out_conv.weight" in shapes else "ddpm++",
+        cond_dim=state.get("model.map_label.weight", nothing).shape[1],
+        augment_dim=state.get("model.map_augment.weight", nothing).shape[1],
+        arch="adm" if "model.out_conv.weight" in state else "ddpm++",
         mults=tuple(level[0] // width for level in levels.values()), blocks=len(levels[resolution]),
-        attention=tuple(r for r in levels if f"enc.{r}x{r}_block0.qkv.weight" in shapes))
-    with torch.device("meta"):                        # shapes without contents: instant at any size
-        UNet(**settings).load_state_dict(from_edm_names(state), assign=True)
-    return settings
+        attention=tuple(r for r in levels if f"model.enc.{r}x{r}_block0.qkv.weight" in state))
 
 
 def edm_checkpoint(path):
@@ -1930,24 +1921,32 @@ def edm_checkpoint(path):
     What the file does not tell is None: images seen, count and fingerprint of the training images. Classes
     have numbers for names and equal counts, because EDM draws them uniformly. Raises UserError.
     """
-    tensors, class_name, described = read_edm_pickle(path)
-    with reading(path, f"it is neither DDPM++ nor ADM with EDM's preconditioning: {EDM_FILES}"):
+    with reading(path, EDM_FILES), open(path, "rb") as file:
+        # A map gives no more than there is, where a file makes room for all that is asked for.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        tensors, class_name, described = read_edm_pickle(mapped)
         # Not so EDM's reruns of other papers (baseline-*.pkl), whose networks have the same shapes.
-        sigma_data = described["sigma_data"]
-        assert class_name == "EDMPrecond" and type(sigma_data) is float and 0 < sigma_data < 1e3
-        assert all_finite(tensors)
+        sigma_data = float(described["sigma_data"])
+        assert class_name == "EDMPrecond" and 0 < sigma_data < 1e3 and all_finite(tensors)
         settings = edm_settings(tensors)
+        ema = from_edm_names(tensors)
+        model = dict(net="unet", predict="edm", sigma_data=sigma_data, settings=settings)
+        with torch.device("meta"):                    # shapes without contents: instant at any size
+            build_denoiser(model).load_state_dict(ema, assign=True)
     classes = [str(i) for i in range(settings["cond_dim"])]
-    name, sampler = Path(path).stem, Sampler()
+    name = Path(path).stem
+    sampler = Sampler()
     return dict(
-        stage="baseline", dataset=name, seen=None, embedder=None,
+        stage="baseline", dataset=name, seen=None, embedder=None, model=model, ema=ema,
         fingerprints=dict(images=None, embedder=None),
-        config=dict(stage="baseline", dataset=name, data="", resolution=settings["resolution"],
+        config=dict(stage="baseline", dataset=name, resolution=settings["resolution"],
                     a="class" if classes else "none", steps=sampler.steps, churn=sampler.s_churn),
-        data=dict(name=name, path="", count=None, fingerprint=None, classes=classes,
-                  class_counts=[1] * len(classes) or None),
-        model=dict(net="unet", predict="edm", sigma_data=sigma_data, settings=settings),
-        ema={f"net.{name}": tensor for name, tensor in from_edm_names(tensors).items()})
+        data=dict(count=None, fingerprint=None, classes=classes, class_counts=[1] * len(classes) or None))
+
+
+def load_edm_pickle(path):
+    """A published `.pkl` of EDM -> a state dict for the `UNet` of its architecture. Raises UserError."""
+    return {name.removeprefix("net."): tensor for name, tensor in edm_checkpoint(path)["ema"].items()}
 
 
 def init_from_edm(denoiser, settings, path, classes=0):
@@ -1957,12 +1956,15 @@ def init_from_edm(denoiser, settings, path, classes=0):
     zero for y, and for a too if the file has no classes; a map of augmentation labels becomes zero if the
     file has none, and the file's is dropped if the denoiser has none. Raises UserError if anything differs.
     """
-    checkpoint, net = edm_checkpoint(path), denoiser.net
-    theirs, weights = checkpoint["model"]["settings"], checkpoint["ema"]
-    for name in ("resolution", "channels", "arch", "width", "mults", "blocks", "attention"):
+    net = denoiser.net
+    checkpoint = edm_checkpoint(path)
+    weights = checkpoint["ema"]
+    theirs = checkpoint["model"] | checkpoint["model"]["settings"]
+    settings = dict(settings, sigma_data=denoiser.sigma_data)
+    for name in "resolution channels arch width mults blocks attention sigma_data".split():
         if settings[name] != theirs[name]:
-            raise UserError(f"--{name} {settings[name]} does not fit {path}, which is for {theirs[name]}: "
-                            f"change one of them")
+            raise UserError(f"--{name} {settings[name]} does not fit {path}, which is for {name} "
+                            f"{theirs[name]}: change one of them")
     labels = theirs["cond_dim"]
     if labels not in (0, classes):
         raise UserError(f"{path} is for {labels} classes and the new network for {classes or 'none'}: give "

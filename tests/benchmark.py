@@ -1,225 +1,147 @@
-"""Speed on this device: python tests/benchmark.py [--device cuda] [--precision fp32] [--only NAME].
+"""Speed on this device: python tests/benchmark.py [--device cuda] [--bf16] [--only NAME].
 
-Prints, asserts nothing. Per network: images (embeddings) per second of train.py's step, all of it, and of
-sampling; the arithmetic rate of training and its share of what large matrix products reach here; the peak
-memory (on a CPU the process's so far: --only gives a row its own). Then the prior's share of two-stage
-sampling, and what CLIP would cost in each step of the prior if there were no bank of embeddings.
+Prints a line for each measurement, asserts nothing. It knows the public names alone, so that a copy of it
+measures another version of the code, too, from beside it: cp benchmark.py OTHER/tests/.
 
 Goals on one H200 or H100: DDPM++-64 trains on 1,000 images/s and samples 40 (40 steps), the prior trains on
 100,000 embeddings/s and takes at most 1 % of sampling, training from the bank is 10 times faster than with
 CLIP.
 """
 import argparse
-import contextlib
-import functools
-import resource
+import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn as nn
-from torch.utils.flop_counter import FlopCounterMode
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluate
 import twosdm
 
-ROWS = {                                               # data set, stage, batch on a GPU and on a CPU
-    "shapes prior": ("shapes", "prior", 256, 256), "shapes U-Net": ("shapes", "image", 32, 32),
-    "prior": ("afhq", "prior", 256, 256), "DDPM++-64": ("afhq", "image", 256, 4),
-    "ADM-64": ("imagenet", "image", 128, 2)}
-IMAGES = 4096
 
-
-def seconds(work, device, least=1.0, warm=True):
+def seconds(work, least=1.0, warm=True):
     """The shortest of as many runs of work() as fit into `least` seconds, at least one; one warms up."""
     times = []
     while len(times) <= warm or sum(times[warm:]) < least:
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times[warm:])
 
 
-def matmul_peak(device, precision):
-    """FLOP/s of a large matrix product in this precision."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    return 2 * n**3 / seconds(lambda: a @ a, device, least=3)
+class Network:
+    """One of the paper's networks with its batch: the seconds of a training step and of sampling a batch."""
 
-
-def flops(work):
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
-class NoEmbedder(nn.Module):
-    """Stands for an embedder whose bank is computed."""
-    name = "none"
-
-    def __init__(self, dim):
-        super().__init__()
-        self.dim = dim
-
-
-class Row:
-    """One network in train.py's own job, on noise in place of images and embeddings."""
-
-    def __init__(self, name, device, args):
-        dataset, stage, on_gpu, on_cpu = ROWS[name]
-        self.name, self.device, self.precision = name, device, args.precision
-        self.warm = device.type == "cuda" or bool(args.compile)   # else the counting of FLOPs was enough
-        self.batch = on_gpu if device.type == "cuda" else on_cpu
-        # The image model without augmentation, or CLIP would run in its step.
-        config = twosdm.configure(dataset, stage, **(dict(augment=0.0) if stage == "image" else {}))
-        side, dim, rng = config.resolution, 64 if dataset == "shapes" else 512, np.random.default_rng(0)
-        images = twosdm.Images(rng.integers(0, 256, (IMAGES, side, side, 3), np.uint8))
-        bank = rng.standard_normal((1, IMAGES, dim + 9), np.float32) / 2
-        with mock.patch.object(twosdm, "embedding_bank", lambda *_: bank), contextlib.redirect_stdout(None):
-            self.job = train.Diffusion(config, images, device, NoEmbedder(dim))
-        self.module, self.config = self.job.module.train(), config
-        self.sampled = twosdm.EMA(self.module, config.ema_half_life, config.ema_ramp)
-        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=config.lr,
-                                          fused=device.type != "mps", **train.ADAM)
-        self.order, self.meter, self.seen = twosdm.Order(IMAGES, 0), train.Meter(), 0
-        self.shape = ((self.module.net.dim,) if stage == "prior" else self.job.images.shape)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        self.flops = flops(self.step)                 # the counter does not see into compiled code
-        twosdm.compile_network(self.module.net, args.compile, device)
-        twosdm.compile_network(self.sampled.net.net, args.compile, device)
+    def __init__(self, net, shape, batch, args):
+        self.batch, self.args, device = batch, args, args.device
+        self.denoiser = twosdm.Denoiser(net).to(device, memory_format=torch.channels_last).train()
+        self.ema = twosdm.EMA(self.denoiser, 500_000)
+        self.optimizer = torch.optim.Adam(self.denoiser.parameters(), 1e-4, fused=True)
+        self.x = torch.randn(batch, *shape, device=device)
+        self.cond = torch.randn(batch, net.cond_dim, device=device) if net.cond_dim else None
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     def step(self):
-        """What train.train does per batch."""
-        rows = self.order[self.seen:self.seen + self.batch]
-        draws = self.job.draw(rows)
+        """As train.py's: loss, gradients, optimizer, moving average."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            loss, sigma = self.job.loss(rows, draws)
-        (loss.sum() / self.batch).backward()
-        self.meter.losses(loss.detach(), sigma)
-        self.meter.gradients(self.module)
+            loss = self.denoiser.loss(self.x, self.cond)
+        loss.mean().backward()
         self.optimizer.step()
-        self.sampled.update(self.module, self.seen, self.batch)
-        self.seen += self.batch
+        self.ema.update(self.denoiser, 10_000_000, self.batch)
 
     @torch.no_grad()
     def sample(self, steps):
-        net = self.sampled.net
-        cond = torch.randn(self.batch, net.net.cond_dim, device=self.device) if net.net.cond_dim else None
-        with self.autocast():
-            twosdm.Sampler(steps)(net, self.shape, range(self.batch), cond)
+        """2 · steps - 1 evaluations."""
+        def denoise(x, sigma):
+            with self.autocast():
+                return self.ema.net(x, sigma, self.cond)
 
-    def sampling(self, batch=None, steps=40):
-        """Seconds that a batch takes, 40 steps = 79 evaluations; and whether all of them were measured."""
-        batch, self.batch = self.batch, batch or self.batch
-        brief = seconds(lambda: self.sample(2), self.device, 0, self.warm)             # 3 evaluations
-        scaled = brief / 3 * (2 * steps - 1)
-        full = self.device.type == "cuda" or scaled < 15
-        result = seconds(lambda: self.sample(steps), self.device, 0, False) if full else scaled
-        self.batch = batch
-        return result, full
+        twosdm.heun_sample(denoise, self.x, twosdm.sigma_schedule(steps), s_churn=50, s_noise=1.007)
 
-    def measure(self, peak):
-        training = seconds(self.step, self.device, warm=self.warm)
-        self.sampled_in = sampling, full = self.sampling()
-        memory = (torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else
-                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-        rate = self.flops / training
-        print(f"{self.name:<14}{sum(p.numel() for p in self.module.parameters()):>13,}{self.batch:>7}"
-              f"{self.batch / training:>11,.2f}{rate / 1e12:>10.3f}{rate / peak:>9.0%}"
-              f"{self.batch / sampling:>11,.3f}{'' if full else '*':<2}{memory:>8,.0f}", flush=True)
-        self.trained_in = training
+    def sampling(self, steps=40):
+        """Seconds for a batch; on a CPU scaled from 3 evaluations."""
+        if self.args.device.type == "cuda":
+            return seconds(lambda: self.sample(steps))
+        return seconds(lambda: self.sample(2), warm=False) / 3 * (2 * steps - 1)
 
 
-def random_clip(device):
-    """CLIP's network with random weights, which cost what others do."""
-    import open_clip
-    create = functools.partial(open_clip.create_model, "ViT-B-32-quickgelu", pretrained=None)
-    with mock.patch("open_clip.create_model", lambda *_, **__: create()):
-        return twosdm.ClipEmbedder().to(device)
+def networks(args, folder):
+    """DDPM++-64, the prior, and what CLIP would cost in each step of the prior if there were no bank."""
+    gpu = args.device.type == "cuda"
+    image = Network(twosdm.UNet(64, cond_dim=512), (3, 64, 64), 256 if gpu else 4, args)
+    prior = Network(twosdm.PriorTransformer(512), (512,), 256, args)
+    small = Network(twosdm.PriorTransformer(512), (512,), image.batch, args)
+    clip = twosdm.ClipEmbedder(None).to(args.device)          # random weights cost what others do
+    sampling = {}
+    for name, network in ("DDPM++-64", image), ("prior", prior):
+        step, sampling[name] = seconds(network.step), network.sampling()
+        yield f"{name}: training", network.batch / step, "images/s"
+        yield f"{name}: sampling, 40 steps", network.batch / sampling[name], "images/s"
+    share = small.sampling()
+    share = share / (share + sampling["DDPM++-64"])
+    yield f"prior: share of two-stage sampling, batch {image.batch}", 100 * share, "%"
+    with torch.no_grad():
+        embedding = seconds(lambda: clip(image.x)) / image.batch * prior.batch
+    yield "prior: slower with CLIP in each step than from the bank", 1 + embedding / step, "times"
 
 
-def clip_in_the_loop(prior):
-    """Against the bank: each step of the prior first decodes, augments and embeds its images."""
-    device, clip, augment = prior.device, random_clip(prior.device), twosdm.Augment(prior.config.augment)
-    batch, training = prior.batch if device.type == "cuda" else 8, prior.trained_in
-
-    @torch.no_grad()
-    def embed():
-        clip(augment(prior.job.images.batch(np.arange(batch), device))[0])
-
-    embedding = seconds(embed, device) / batch * prior.batch
-    print(f"prior from the bank: {prior.batch / training:,.1f}/s, with CLIP in each step: "
-          f"{prior.batch / (training + embedding):,.1f}/s, {1 + embedding / training:.1f} times slower "
-          f"(CLIP at batch {batch}: {embedding / prior.batch * 1e3:.2f} ms per image)", flush=True)
+def metrics(args, folder):
+    """On random features of Inception's 2048 dimensions."""
+    real, fake = np.random.default_rng(0).standard_normal((2, 5000, 2048), np.float32)
+    stats = [evaluate.RunningStats(2048).update(x).result() for x in (real, fake)]
+    yield "Fréchet distance, 2048", seconds(lambda: evaluate.frechet_distance(*stats[0], *stats[1])), "s"
+    yield "precision and recall, 5k × 5k × 2048", seconds(
+        lambda: evaluate.precision_recall(real, fake), warm=False), "s"
 
 
-def share_of_prior(prior, image):
-    """Of the time of two-stage sampling, both stages at the image model's batch."""
-    (y, _), (x, full) = prior.sampling(image.batch), image.sampled_in
-    print(f"two-stage sampling, batch {image.batch}, 40 steps each: prior {y:.3f} s, {image.name} {x:.3f} s"
-          f"{'' if full else '*'}, share of the prior {y / (x + y):.2%}", flush=True)
+def images(args, folder, count=3000):
+    """JPEGs of 256 × 256 pixels, prepared at 64 × 64."""
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    (folder / "images").mkdir()
+    picture = Image.fromarray(noise).resize((256, 256))
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for i in range(count):
+            picture.save(folder / f"images/{i}.jpg", quality=90)
+            archive.write(folder / f"images/{i}.jpg", f"{i}.jpg")
+    for source in "images", "images.zip":
+        start = time.perf_counter()
+        twosdm.prepare_images(folder / source, 64, folder / f"cache of {source}")
+        yield f"preparing JPEGs of {source}", count / (time.perf_counter() - start), "images/s"
 
 
-def edm_figures(row):
-    """Per image, forward and forward with backward alone, as EDM's are quoted above."""
-    def forward():
-        with torch.no_grad(), row.autocast():
-            row.module(x, sigma, cond)
-
-    def backward():
-        with row.autocast():
-            loss = row.module(x, sigma, cond).sum()
-        loss.backward()
-
-    x, sigma = torch.randn(row.batch, *row.shape, device=row.device), torch.ones(row.batch, device=row.device)
-    x, cond = x.contiguous(memory_format=torch.channels_last), torch.randn(
-        row.batch, row.module.net.cond_dim, device=row.device)
-    there, back = (seconds(work, row.device, warm=row.warm) / row.batch for work in (forward, backward))
-    print(f"{row.name}, batch {row.batch}, per image: forward {there:.3g} s, with backward {back:.3g} s, "
-          f"training {row.flops / row.batch / 1e9:.0f} GFLOP per image", flush=True)
+def whole(args, folder):
+    """The README's first command."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, ROOT / "train.py", "--device", args.device.type], cwd=folder, check=True,
+                   capture_output=True)
+    yield "python train.py", time.perf_counter() - start, "s"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="(default: %(default)s)")
-    parser.add_argument("--precision", choices=("auto", *twosdm.PRECISIONS), default="auto",
-                        help="as train.py's (default: %(default)s)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="as train.py's")
-    parser.add_argument("--only", default="", help="only the networks whose name contains this")
+    parser.add_argument("--bf16", action="store_true", help="as train.py computes on cuda (default: no)")
+    parser.add_argument("--only", default="", help="networks, metrics, images or whole (default: all)")
     args = parser.parse_args()
-    device = twosdm.pick_device(args.device)
-    args.precision = twosdm.set_precision(args.precision, device, auto="bf16")
-    torch.manual_seed(0)
-    peak = matmul_peak(device, args.precision)
-    print(f"{device}, {args.precision}, {torch.get_num_threads()} threads: matrix product "
-          f"{peak / 1e12:.3f} TFLOP/s\n{'network':<14}{'parameters':>13}{'batch':>7}{'training/s':>11}"
-          f"{'TFLOP/s':>10}{'of peak':>9}{'sampling/s':>11}{'':<2}{'MB':>8}", flush=True)
-    prior = None
-    for name in ROWS:
-        if args.only not in name:
-            continue
-        row = Row(name, device, args)
-        row.measure(peak)
-        if name == "prior":
-            prior = row
-            clip_in_the_loop(prior)
-        if name == "DDPM++-64":
-            edm_figures(row)
-            share_of_prior(prior or Row("prior", device, args), row)
-        row = None                                    # its memory is not the next one's
-    print("* scaled from 3 of 79 evaluations")
+    args.device = twosdm.pick_device(args.device)
+    print(f"{ROOT}, {args.device}, {torch.get_num_threads()} threads")
+    for group in networks, metrics, images, whole:
+        if args.only in group.__name__:
+            with tempfile.TemporaryDirectory() as folder:
+                for name, value, unit in group(args, Path(folder)):
+                    print(f"{name:<56}{value:>12,.4g} {unit}", flush=True)
 
 
 if __name__ == "__main__":

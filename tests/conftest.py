@@ -4,12 +4,15 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import sample
 import twosdm
@@ -24,6 +27,7 @@ TINY = ("--size 64 --resolution 8 --batch 8 --images 48 --lr-ramp 16 --log 16 --
 def one_thread():
     """As in the scripts' processes: only on as many threads are sums split alike, to the last bit."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())                  # tqdm's own is shared by forks, and a killed one keeps it
 
 
 def script(name, *args, cwd, **environment):
@@ -86,6 +90,20 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def losses(monkeypatch):
+    """What Denoiser.loss is given and gives, call by call."""
+    calls, loss = [], twosdm.Denoiser.loss
+
+    def recorded(self, x, cond=None, *more):
+        found = loss(self, x, cond, *more)
+        calls.append(SimpleNamespace(x=x, cond=cond, loss=found.detach()))
+        return found
+
+    monkeypatch.setattr(twosdm.Denoiser, "loss", recorded)
+    return calls
+
+
 def same(a, b):
     """Whether two nested dicts of tensors and numbers are equal to the bit."""
     if torch.is_tensor(a):
@@ -109,6 +127,7 @@ def pipeline(runs, method="2sdm", *flags):
     parser = argparse.ArgumentParser()
     sample.add_sampling_flags(parser)
     args = parser.parse_args(["--runs", str(runs), *map(str, flags)])
+    args.method = [method]
     return sample.Pipeline(args, method, torch.device("cpu"))
 
 

@@ -40,12 +40,12 @@ def folder(path, *names, seed=0):
     return path
 
 
-def packed(source, method=zipfile.ZIP_DEFLATED, outer=""):
-    """A zip beside the folder, of what is in it."""
-    path = source.with_name(f"{source.name}{method}{outer}.zip")
+def packed(source, method=zipfile.ZIP_DEFLATED):
+    """A zip beside the folder, of it and what is in it."""
+    path = source.with_name(f"{method}.zip")
     with zipfile.ZipFile(path, "w", method) as archive:
         for file in sorted(source.rglob("*.*"), reverse=True):
-            archive.write(file, f"{outer}/{file.relative_to(source)}")
+            archive.write(file, file.relative_to(source.parent))
     return path
 
 
@@ -74,26 +74,21 @@ def square(tmp_path):
     return prepared
 
 
-def test_squares_are_kept_and_others_cropped_to_the_center_and_resized_by_lanczos(square):
-    assert (square(noise(0), 12) == noise(0)).all()
-    assert square(noise(0), 32).shape == (32, 32, 3)
-    for image, box in ((noise(0, 31, 20), (5, 0, 25, 20)), (noise(1, 20, 33), (0, 6, 20, 26))):
-        expected = image.crop(box).resize((8, 8), Image.Resampling.LANCZOS)
-        assert (square(image) == np.asarray(expected)).all()
+def test_others_than_squares_are_cropped_to_the_center_and_resized_by_lanczos(square):
+    for image, box in ((noise(0), (0, 0, 12, 12)), (noise(0, 31, 20), (5, 0, 25, 20)),
+                       (noise(1, 20, 33), (0, 6, 20, 26))):
+        for side in (8, 20):
+            expected = image.crop(box).resize((side, side), Image.Resampling.LANCZOS)
+            assert (square(image, side) == np.asarray(expected)).all()
 
 
 @pytest.mark.parametrize("mode, value, expected, options", [
-    ("1", 1, 255, {}), ("L", 77, 77, {}), ("RGB", RED, RED, {}),
-    ("LA", (0, 0), 255, {}), ("LA", (60, 255), 60, {}),
-    ("RGBA", (*RED, 255), RED, {}), ("RGBA", (0, 0, 0, 0), 255, {}), ("RGBA", (0, 0, 0, 128), 127, {}),
-    ("I;16", 65535, 255, {}), ("I;16", 257 * 100, 100, {}),
-    ("L", 5, 255, dict(transparency=5)), ("RGB", RED, 255, dict(transparency=RED)),
-    ("P", 0, RED, {}), ("P", 0, RED, dict(kind="GIF")),
-    ("P", 0, 255, dict(transparency=0)), ("P", 0, RED, dict(transparency=1)),
+    ("1", 1, 255, {}), ("LA", (0, 0), 255, {}),
+    ("RGBA", (0, 0, 0, 128), 127, {}), ("I;16", 257 * 100, 100, {}), ("L", 5, 255, dict(transparency=5)),
+    ("P", 0, RED, dict(kind="GIF")), ("P", 0, 255, dict(transparency=0)), ("P", 0, RED, dict(transparency=1)),
     ("RGB", BLUE, BLUE, dict(kind="WEBP", lossless=True)), ("RGB", BLUE, BLUE, dict(kind="BMP")),
     ("RGB", BLUE, BLUE, dict(kind="TIFF")), ("RGB", BLUE, BLUE, dict(kind="PPM")),
     ("CMYK", (200, 100, 50, 0), (55, 155, 205), dict(kind="JPEG")),
-    ("CMYK", (200, 100, 50, 0), (55, 155, 205), dict(kind="TIFF")),
     ("YCbCr", (128, 128, 128), 128, dict(kind="JPEG"))])
 def test_every_mode_and_format_becomes_rgb_on_white(square, mode, value, expected, options):
     image = Image.new(mode, (10, 10), value)
@@ -132,32 +127,29 @@ def test_a_zip_equals_its_folder_and_its_outer_folder_is_no_class(tmp_path):
     (source / "__MACOSX").mkdir()
     (source / "__MACOSX" / "._1.png").write_text("a shadow")
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        zipped = prepare_images(packed(source, method, "outer"), 8, tmp_path / "cache")
+        zipped = prepare_images(packed(source, method), 8, tmp_path / "cache")
         assert (zipped.pixels == plain.pixels).all()
         assert zipped.labels.tolist() == [0, 1]
         assert zipped.classes == plain.classes == ["cat", "dog"]
         assert zipped.fingerprint == plain.fingerprint
 
 
-@pytest.mark.parametrize("pack", [lambda source: source, packed], ids=["folder", "zip"])
-@pytest.mark.parametrize("labels, expected", [
-    ([["00000/b.png", 7], ["00000/a.png", 2]], [2, 7]), (None, None)])
-def test_dataset_json_gives_the_labels(tmp_path, pack, labels, expected):
+def test_dataset_json_gives_the_labels_or_that_there_are_none(tmp_path):
     source = folder(tmp_path / "in", "00000/a.png", "00000/b.png")
+    labels = [["00000/b.png", 7], ["00000/a.png", 2]]
     (source / "dataset.json").write_text(json.dumps(dict(labels=labels)))
-    images = prepare_images(pack(source), 8, tmp_path / "cache")
-    if labels is None:
-        assert images.labels is None
-    else:
-        assert images.labels.tolist() == expected
+    for each in (source, packed(source)):
+        images = prepare_images(each, 8, tmp_path / "cache")
+        assert images.labels.tolist() == [2, 7]
         assert images.classes == [str(i) for i in range(8)]
+    (source / "dataset.json").write_text('{"labels": null}')
+    assert prepare_images(source, 8, tmp_path / "cache").labels is None
 
 
 @pytest.mark.parametrize("text", [
-    "{", "[1]", '{"labels": 3}', '{"labels": [["a.png", "cat"]]}', '{"labels": [["a.png", -1]]}',
-    '{"labels": [["b.png", 1]]}', '{"labels": [["a.png", 1e12]]}', '{"labels": [["a.png", 1000000000000]]}',
-    '{"labels": ' + "[" * 200_000, '{"labels": ' + "9" * 10_000 + "}", "\udcff", "fifo", "/dev/zero"],
-    ids=range(13))
+    "{", "[1]", '{"labels": [["a.png", "cat"]]}', '{"labels": [["a.png", -1]]}', '{"labels": [["b.png", 1]]}',
+    '{"labels": [["a.png", 1000000000000]]}', '{"labels": ' + "[" * 200_000,
+    '{"labels": ' + "9" * 10_000 + "}", "\udcff", "fifo", "/dev/zero"], ids=range(11))
 def test_a_bad_dataset_json_is_named_in_one_sentence(tmp_path, text):
     source = folder(tmp_path / "in", "a.png")
     table = source / "dataset.json"
@@ -190,11 +182,9 @@ def test_bad_and_hostile_images_are_counted_named_and_left_out_on_request(tmp_pa
                        "[^\n]*--skip-bad[^\n]*$") as error:
         prepare_images(source, 8, tmp_path / "cache")
     assert "0x" not in str(error.value)                                 # no addresses of objects
-    images = prepare_images(source, 8, tmp_path / "cache", skip_bad=True)
-    assert len(images) == 2
+    images = prepare_images(source, 12, tmp_path / "cache", skip_bad=True)
     assert images.labels.tolist() == [0, 1]
-    assert (images.pixels[:] == prepare_images(folder(tmp_path / "good", "a.png", "b.png"), 8,
-                                               tmp_path / "cache").pixels).all()
+    assert (images.pixels[:] == np.stack([noise(0), noise(1)])).all()
     for name in ("x/0.png", "y/9.png"):
         (source / name).unlink()
     with pytest.raises(UserError, match="11 of 11"):
@@ -218,22 +208,15 @@ def test_damaged_and_absurd_entries_of_a_zip_are_named_and_nothing_is_unpacked(t
         prepare_images(path, 8, tmp_path / "cache")
     assert len(prepare_images(path, 8, tmp_path / "cache", skip_bad=True)) == 1
     assert {file.name for file in tmp_path.iterdir()} == {"in", "cache"}
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("dataset.json", "{}")
-        archive.infolist()[-1].file_size = 2**40
-    with pytest.raises(UserError, match="^[^\n]*dataset.json[^\n]*$"):
-        prepare_images(path, 8, tmp_path / "cache")
 
 
-def test_unusable_sources_caches_and_disks_get_one_sentence(tmp_path):
+def test_unusable_sources_get_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 cut short")
     for source, words in [("missing", "missing cannot be read"), ("empty", "holds no images"),
                           ("broken.zip", "broken.zip is damaged")]:
         with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
             prepare_images(tmp_path / source, 8, tmp_path / "cache")
-    with pytest.raises(UserError, match="^[^\n]*bytes free, but pixels needs [^\n]*$"):
-        made_once(tmp_path / "rows", 10**15, np.uint8, None, "pixels")
 
 
 @pytest.mark.parametrize("source", ["pipe.zip", "/dev/zero"])
@@ -250,10 +233,9 @@ def test_a_disk_that_fills_up_is_said_with_the_files_name_and_then_resumed(tmp_p
     source = folder(tmp_path / "in", *[f"{i:02}.png" for i in range(80)])
     begun(source, 8, tmp_path / "cache", largest=14_000).join()
     last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ") and "File too large" in last
+    assert last.startswith(f"error: {tmp_path / 'cache'}") and "File too large" in last
     resumed = prepare_images(source, 8, tmp_path / "cache")
     assert (resumed.pixels == prepare_images(source, 8, tmp_path / "other").pixels).all()
-    assert str(tmp_path / "cache") in last
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_bit_and_two_processes_at_once_make_one(tmp_path):
@@ -308,27 +290,23 @@ def test_rows_made_once_are_resumed_by_whole_batches_and_never_made_again(tmp_pa
 def test_a_cache_is_used_again_only_if_sources_and_resolution_match(tmp_path):
     source, cache = folder(tmp_path / "in", "a.png", "b.png"), tmp_path / "cache"
 
-    def times():
-        return {file: file.stat().st_mtime_ns for file in cache.glob("*") if file.stat().st_size}
-
     def prepare(resolution=32):
         """Images, and whether anything was made for them."""
-        before = times()
+        before = [file.stat().st_mtime_ns for file in sorted(cache.glob("*.rows"))]
         images = prepare_images(source, resolution, cache)
-        return images, before != times()
+        return images, before != [file.stat().st_mtime_ns for file in sorted(cache.glob("*.rows"))]
 
     first, made = prepare()
     assert made and not first.pixels.flags.writeable
-    assert prepare(16)[1] and not prepare()[1]                           # another resolution, beside the first
+    assert prepare(16)[1] and not prepare()[1]                          # another resolution, beside the first
     folder(source, "a.png", seed=7)
     os.utime(source / "a.png", ns=(1, 1))
     changed, made = prepare()                                           # another image under the same name
     assert made and changed.fingerprint != first.fingerprint
-    assert (changed.pixels[0] != first.pixels[0]).any()
     folder(source, "c.png")
     latest, made = prepare()
     assert made and len(latest) == 3
-    os.truncate(max(times(), key=os.path.getsize), 100)                 # the largest file, damaged
+    os.truncate(max(cache.glob("*.rows"), key=os.path.getmtime), 100)   # damaged
     assert prepare()[1] and prepare()[0].fingerprint == latest.fingerprint
     source = source.rename(tmp_path / "moved")
     assert not prepare()[1]                                             # the same files elsewhere
@@ -351,6 +329,6 @@ def test_cifar10_is_read_as_torchvision_keeps_it(tmp_path, monkeypatch):
     images = twosdm.load_images(config)
     assert (images.pixels == pixels).all()
     assert images.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
-    assert images.classes[3] == "class 3" and images.shape == (3, 32, 32)
+    assert images.classes[3] == "class 3"
     with pytest.raises(UserError, match="--resolution"):
         twosdm.load_images(train.configure("cifar10", "image", data=str(tmp_path), resolution=64))

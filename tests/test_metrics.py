@@ -30,21 +30,6 @@ def test_streamed_statistics_are_numpys_even_far_from_zero():
     assert close(mu, x.mean(0), 1e-11) and close(sigma, np.cov(x.T), 1e-12)
 
 
-def test_statistics_merge_to_those_of_all():
-    x = normal(50, 4, seed=1).astype(np.float32)
-    whole = RunningStats(4)
-    for part in (x[:13], x[13:13], torch.from_numpy(x[13:])):
-        stats = RunningStats(4).update(part)
-        whole.merge(stats.n, stats.mean, stats.scatter)
-    assert whole.n == 50
-    assert close(whole.result()[1], np.cov(x.T.astype(np.float64)), 1e-14)
-
-
-def test_one_image_has_no_covariance():
-    with pytest.raises(UserError, match="two images, got 1"):
-        RunningStats(3).update(np.ones((1, 3))).result()
-
-
 # ------------------------------------------------------------------------------------------- Fréchet distance
 
 
@@ -52,21 +37,18 @@ UNIFORM = np.random.default_rng(0).uniform(0, 3, (2, 40))
 HALVES = np.repeat([[1.0, 0], [0, 2]], 5, axis=1)             # disjoint supports
 DECADES = np.logspace(-8, 8, 33)
 # Rotated, the small eigenvalues are lost in the rounding of the large: an error of sqrt(1e-16).
-SPECTRA = [(UNIFORM, 1e-11, 0), (HALVES, 1e-6, 0), ((DECADES, DECADES[::-1]), 0, 1e-6),
-           ((DECADES, DECADES * 4), 0, 1e-6)]
+SPECTRA = [(*UNIFORM, 1e-13), (*HALVES, 5e-8), (DECADES, DECADES[::-1], 1e-6),
+           (DECADES, DECADES * 4, 1e-6)]
 
 
-@pytest.mark.parametrize("spectra, absolute, relative", SPECTRA)
-def test_commuting_gaussians_have_their_closed_form(spectra, absolute, relative):
-    s1, s2 = spectra
+@pytest.mark.parametrize("s1, s2, tolerance", SPECTRA)
+def test_commuting_gaussians_have_their_closed_form(s1, s2, tolerance):
     dims = len(s1)
-    q = np.linalg.qr(normal(dims, dims))[0]
-    mu = normal(dims) if absolute == 1e-11 else np.zeros(dims)
+    q, mu, zero = np.linalg.qr(normal(dims, dims))[0], normal(dims), np.zeros(dims)
     exact = mu @ mu + np.square(np.sqrt(s1) - np.sqrt(s2)).sum()
-    one, two = (q * s1) @ q.T, (q * s2) @ q.T
-    zero = np.zeros(dims)
-    assert frechet_distance(mu, one, zero, two) == pytest.approx(exact, abs=absolute, rel=relative)
-    assert frechet_distance(zero, two, mu, one) == pytest.approx(exact, abs=absolute, rel=relative)
+    one, two = (mu, (q * s1) @ q.T), (zero, (q * s2) @ q.T)
+    for pair in (*one, *two), (*two, *one):
+        assert frechet_distance(*pair) == pytest.approx(exact, rel=tolerance)
     plain = frechet_distance(mu, np.diag(s1), zero, np.diag(s2))
     assert plain == pytest.approx(exact, abs=0, rel=1e-12)
 
@@ -78,8 +60,7 @@ def test_others_have_the_nuclear_norm_also_of_fewer_images_than_dimensions(n, m,
     a, b = (x - x.mean(0)) / np.sqrt(n - 1), (y - y.mean(0)) / np.sqrt(m - 1)
     exact = np.square(x.mean(0) - y.mean(0)).sum() + np.square(a).sum() + np.square(b).sum()
     exact -= 2 * np.linalg.svd(a @ b.T, compute_uv=False).sum()
-    assert abs(frechet_distance(*one, *two) - exact) < tolerance
-    assert abs(frechet_distance(*two, *one) - exact) < tolerance
+    assert frechet_distance(*one, *two) == pytest.approx(exact, abs=tolerance, rel=0)
 
 
 @pytest.mark.parametrize("n", [10, 400])
@@ -88,21 +69,8 @@ def test_a_set_is_at_distance_zero_from_itself(n):
     assert 0 <= frechet_distance(*gaussian, *gaussian) < 1e-5
 
 
-def test_constant_sets_are_apart_by_their_means_alone():
-    one, two = [RunningStats(6).update(np.full((4, 6), value)).result() for value in (1.0, 3.0)]
-    assert frechet_distance(*one, *two) == 24
-    assert frechet_distance(*one, *one) == 0
-
-
 def test_in_one_dimension_it_is_the_difference_of_means_and_of_deviations():
     assert abs(frechet_distance([1.0], [[4.0]], [3.0], [[9.0]]) - 5) < 1e-14
-    assert abs(frechet_distance(1.0, 4.0, 3.0, np.array(9.0)) - 5) < 1e-14
-
-
-def test_what_is_no_covariance_has_no_distance():
-    for sigma in np.full((2, 2), np.nan), np.array([[1.0, 0.5], [0, 1]]):
-        with pytest.raises(UserError, match="NaN or infinite values or is not symmetric"):
-            frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), sigma)
 
 
 # -------------------------------------------------------------------------------------------- Inception Score
@@ -172,13 +140,7 @@ def test_ties_and_duplicates_are_inside_as_defined(k, n, m):
     for scale, offset, dtype in (1, 0, np.float32), (1, 1000, np.float32), (0.1, 0, np.float64):
         ours = precision_recall(*((x * scale + offset).astype(dtype) for x in (real, fake)), k)
         assert ours == pytest.approx(exact, abs=1e-12)
-
-
-def test_an_offset_of_1000_on_every_feature_changes_nothing():
-    # Multiples of 1/256, so that float32 holds them as exactly with the offset as without.
-    real, fake = np.split((np.round(normal(500, 512) * 256) / 256).astype(np.float32), [300])
-    plain = precision_recall(real, fake * 0.5)
-    assert 0 < plain[0] and precision_recall(real + 1000, fake * 0.5 + 1000) == plain
+    assert precision_recall(fake, real, k) == ours[::-1]
 
 
 def test_copies_are_inside_balls_of_radius_zero_and_nothing_else_is():
@@ -189,29 +151,6 @@ def test_copies_are_inside_balls_of_radius_zero_and_nothing_else_is():
     assert precision_recall(real, fake, 3)[0] == 0
 
 
-def test_equal_sets_score_one_constant_sets_too_and_distant_sets_zero():
-    x = torch.from_numpy(normal(50, 20))
-    assert precision_recall(x.numpy(), x.numpy()) == (1, 1)
-    assert precision_recall(x, x + 100) == (0, 0)
-    assert precision_recall(np.full((9, 20), 0.3), np.full((7, 20), 0.3)) == (1, 1)
-
-
-def test_mode_collapse_is_precise_and_recalls_little():
-    real = normal(400, 8) + np.repeat([[0], [20]], 200, axis=0)
-    fake = normal(300, 8, seed=1) * 0.2
-    precision, recall = precision_recall(real, fake)
-    assert precision > 0.95 and recall < 0.2
-    assert precision_recall(fake, real) == (recall, precision)
-
-
-def test_too_few_images_for_k_is_said():
-    few, many = np.zeros((3, 2)), np.zeros((9, 2))
-    with pytest.raises(UserError, match="more than k = 3 generated images, got 3"):
-        precision_recall(many, few)
-    with pytest.raises(UserError, match="more than k = 5 real images, got 3"):
-        precision_recall(few, many, k=5)
-
-
 # ----------------------------------------------------------------------------------------- nearest neighbors
 
 
@@ -219,18 +158,10 @@ def test_neighbors_are_those_of_the_full_matrix_however_the_gallery_is_cut():
     queries, gallery = normal(40, 3, 4, 4), normal(1500, 3, 4, 4, seed=1)
     full = np.linalg.norm(queries.reshape(40, 1, -1) - gallery.reshape(1, 1500, -1), axis=2)
     order = np.argsort(full, 1)[:, :4]
-    for chunks in gallery, torch.from_numpy(gallery), np.array_split(gallery, 7), iter(gallery[:, None]):
+    for chunks in torch.from_numpy(gallery), np.array_split(gallery, 7), iter(gallery[:, None]):
         distances, indices = nearest(queries, chunks, k=4)
         assert (indices == order).all()
         assert close(distances, np.take_along_axis(full, order, 1), 1e-12)
-
-
-def test_a_copy_is_at_distance_zero_and_its_own_neighbor_unless_excluded():
-    x = np.random.default_rng(9).random((60, 3000)).astype(np.float32) + 50
-    distances, indices = nearest(x, x)
-    assert (distances == 0).all() and (indices[:, 0] == np.arange(60)).all()
-    distances, indices = nearest(x, np.array_split(x, 9), k=2, exclude_self=True)
-    assert (distances > 1).all() and (indices != np.arange(60)[:, None]).all()
 
 
 def test_cosine_neighbors_ignore_length():
@@ -243,27 +174,44 @@ def test_cosine_neighbors_ignore_length():
     assert close(distances, np.sort(exact, 1)[:, :3], 1e-14)
 
 
-def test_more_neighbors_than_images_is_said():
-    with pytest.raises(UserError, match="need 4 images to search, got 3"):
-        nearest(np.ones((3, 2)), np.ones((3, 2)), k=3, exclude_self=True)
+def test_a_copy_is_at_distance_zero_and_a_set_has_the_neighbors_that_it_has_in_a_copy_of_itself():
+    x = np.random.default_rng(9).random((1200, 3000)).astype(np.float32) + 50             # of two blocks
+    distances, indices = nearest(x, x, k=3)
+    assert (distances[:, 0] == 0).all() and (indices[:, 0] == np.arange(1200)).all()
+    assert (distances[:, 1:] > 1).all()
+    copied, found = nearest(x, np.array_split(x, 9), k=3)
+    assert (found == indices).all() and close(copied, distances, 1e-10)
+
+
+ROWS, GAUSSIAN = np.ones((3, 2)), (np.zeros(2), np.eye(2))
+
+
+@pytest.mark.parametrize("words, metric", [
+    ("two images, got 1", lambda: RunningStats(2).update(ROWS[:1]).result()),
+    ("more than k = 3 generated images, got 3", lambda: precision_recall(normal(9, 2), ROWS)),
+    ("more than k = 5 real images, got 3", lambda: precision_recall(ROWS, normal(9, 2), k=5)),
+    ("NaN or infinite values", lambda: frechet_distance(*GAUSSIAN, np.zeros(2), np.full((2, 2), np.nan))),
+    ("not symmetric", lambda: frechet_distance(*GAUSSIAN, np.zeros(2), np.tri(2))),
+    ("need 4 images to search, got 3", lambda: nearest(ROWS, ROWS, k=4)),
+])
+def test_too_few_images_and_what_is_no_gaussian_are_refused_in_one_sentence(words, metric):
+    with pytest.raises(UserError, match=words):
+        metric()
 
 
 # -------------------------------------------------------------------------------------------------- Inception
 
 
-@pytest.mark.parametrize("height, width", [(32, 32), (64, 64), (256, 256), (512, 512), (299, 40)])
+@pytest.mark.parametrize("height, width", [(64, 64), (512, 512), (299, 40)])
 def test_the_resize_reads_coordinate_i_times_in_over_out(height, width):
     image = np.random.default_rng(0).integers(0, 256, (height, width)).astype(np.float64)
 
     def along(x):
         source = np.arange(299) * len(x) / 299
-        low = source.astype(int)
-        high = np.minimum(low + 1, len(x) - 1)
-        share = (source - low)[:, None]
-        return x[low] * (1 - share) + x[high] * share
+        return np.stack([np.interp(source, np.arange(len(x)), column) for column in x.T])
 
     ours = evaluate.tf1_resize(torch.from_numpy(image).float()[None, None])[0, 0]
-    assert close(ours.double().numpy(), along(along(image).T).T, 1e-4)        # of 255 gray levels
+    assert close(ours.double().numpy(), along(along(image)), 1e-4)        # of 255 gray levels
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +254,7 @@ def images():
 @torch.no_grad()
 def test_features_are_those_of_the_published_graph(inception, reference, public_layout, images, monkeypatch):
     """Its averages leave out the padding, its last block has a maximum, its logits no bias."""
-    assert len(public_layout) == 472 and sum(x.numel() for x in public_layout.values()) == 23_885_392
+    assert sum(x.numel() for x in public_layout.values()) == 23_885_392
     average, pools, found = F.avg_pool2d, [], {}
 
     def pool(x, *window, **options):
@@ -332,11 +280,11 @@ def test_features_are_those_of_the_published_graph(inception, reference, public_
         assert x.std(0).mean() > 1e-3 * x.abs().mean()
 
 
-def test_features_depend_on_neither_batch_nor_mode_nor_autocast_and_floats_equal_their_bytes(
+def test_features_depend_on_neither_batch_nor_autocast_and_floats_equal_their_bytes(
         inception, images):
     together = inception(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        changed = inception.train()(images[1:2].float() / 127.5 - 1)
+        changed = inception(images[1:2].float() / 127.5 - 1)
     for key, x in together.items():
         assert changed[key].dtype == torch.float32 and not changed[key].requires_grad
         assert close(changed[key], x[1:2], 1e-5 * x.abs().max())
@@ -355,10 +303,8 @@ def test_tf32_is_off_inside_and_as_it_was_outside(inception, images, monkeypatch
 def test_a_wrong_file_is_refused_in_one_sentence_that_names_the_right_one(public_layout, tmp_path):
     renamed = {key.replace("Mixed_7c", "Mixed_7d"): x for key, x in public_layout.items()}
     torch.save(renamed, tmp_path / "renamed.pth")
-    torch.save({**public_layout, "fc.bias": torch.zeros(1000)}, tmp_path / "shape.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("<html>404</html>")
-    for name in "renamed.pth", "shape.pth", "list.pth", "text.pth", "absent.pth":
+    for name in "renamed.pth", "text.pth", "absent.pth":
         with pytest.raises(UserError) as refusal:
             evaluate.InceptionFeatures(tmp_path / name)
         sentence = str(refusal.value)

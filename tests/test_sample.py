@@ -110,8 +110,11 @@ def test_samples_are_images_a_grid_and_an_array_and_the_same_for_every_batch(dra
 
 def test_sampling_continues_and_never_overwrites(trained, draw, drawn, call, tmp_path):
     draw("--n", 2, "--out", "out")
+    unfinished = tmp_path / "out/.000003.png.123.new"
+    unfinished.write_text("of a killed process")
     draw("--n", 4, "--out", "out")
     assert len(drawn) == 4
+    assert not unfinished.exists()
     assert (tmp_path / "out/000003.png").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("precious")
@@ -165,7 +168,7 @@ def test_images_of_one_embedding_differ_in_noise_that_does_not_depend_on_their_n
     draw("--seed", 3, "--same-y", 3, "--n", 5, "--batch", 4, "--out", "out")
     assert len(drawn) == 6                            # whole rows
     y, noise = all_of(drawn, "y").reshape(2, 3, -1), all_of(drawn, "noise")
-    assert torch.equal(y, y[:, :1].expand_as(y))
+    assert close(y, y[:, :1])
     assert not close(y[0], y[1], 1e-3)
     assert len(noise.flatten(1).unique(dim=0)) == 6
     assert torch.equal(noise[[0, 3]], noise_of(3, 4))                  # the first is its seed's
@@ -200,7 +203,7 @@ def test_variations_of_a_training_image_have_its_embedding(draw, drawn, trained,
     assert np.array_equal(first_column[1:9], images.pixels[9])
     assert np.array_equal(first_column[10:18], images.pixels[4])
     record = json.loads((tmp_path / "samples/shapes-oracle-like/settings.json").read_text())
-    assert len(set(record["like"])) == 2
+    assert record["like"]
     assert record["seed"] == 6
 
 

@@ -17,6 +17,10 @@ from twosdm import (Denoiser, PriorTransformer, SampleNoise, Sampler, UNet, User
                     sample_two_stage, sigma_schedule)
 
 HERE = Path(__file__).parent
+TINY = dict(resolution=16, channels=3, cond_dim=5, augment_dim=9, width=32, arch="ddpm++", mults=(1, 2),
+            blocks=1, attention=(8,))
+ADM = dict(TINY, arch="adm", width=64)
+SIZES = dict(ddpmpp=TINY, adm=ADM)
 
 
 def loud(net, std=0.1):
@@ -38,19 +42,22 @@ class Half(nn.Module):
 
 
 @pytest.mark.parametrize("predict", ["edm", "data"])
-def test_the_loss_is_the_squared_error_of_the_estimate_over_c_out_squared(predict):
+def test_the_loss_is_the_squared_error_at_log_normal_noise_over_c_out_squared(predict):
     torch.manual_seed(0)
     denoiser = Denoiser(Half(), predict=predict)
-    x = torch.randn(50, 7)
+    x = torch.randn(100_000, 2)
     loss = denoiser.loss(x)
     scaled, c_noise = denoiser.net.seen
-    sigma = (4 * c_noise).exp()
+    log_sigma = 4 * c_noise
+    sigma = log_sigma.exp()
     c_skip, c_out, c_in, _ = denoiser.scalings(sigma)
-    error = (denoiser(scaled / c_in[:, None], sigma) - x).square().sum(1)
-    assert torch.allclose(loss * c_out**2, error, rtol=1e-4)
-    if predict == "data":
-        assert torch.equal(c_out, torch.ones(50))
-        assert not c_skip.any()
+    noisy = scaled / c_in[:, None]
+    error = (denoiser(noisy, sigma) - x).square().sum(1)
+    assert torch.allclose(loss * c_out**2, error, rtol=1e-3, atol=1e-6)
+    assert predict == "edm" or (c_out == 1).all() and not c_skip.any()
+    assert abs(log_sigma.mean() + 1.2) < 0.02
+    assert abs(log_sigma.std() - 1.2) < 0.02
+    assert abs(((noisy - x) / sigma[:, None]).std() - 1) < 0.02
 
 
 def test_scaled_input_and_target_have_unit_variance():
@@ -66,31 +73,16 @@ def test_scaled_input_and_target_have_unit_variance():
         assert abs(c_noise - math.log(sigma) / 4) < 1e-6
 
 
-def test_noise_levels_are_log_normal_and_the_noise_is_unit_gaussian():
-    torch.manual_seed(0)
-    denoiser = Denoiser(Half())
-    denoiser.loss(torch.zeros(100_000, 1))
-    scaled, c_noise = denoiser.net.seen
-    log_sigma = 4 * c_noise
-    assert abs(log_sigma.mean() + 1.2) < 0.02
-    assert abs(log_sigma.std() - 1.2) < 0.02
-    sigma = log_sigma.exp()
-    _, _, c_in, _ = denoiser.scalings(sigma)
-    assert abs((scaled[:, 0] / c_in / sigma).std() - 1) < 0.02
-
-
 # Sampling
 
 def test_the_schedule_is_edms():
-    sigmas = sigma_schedule(40)
-    assert sigmas.dtype == torch.float64
-    assert sigmas.shape == (41,)
-    assert abs(sigmas[0] - 80) < 1e-9
-    assert abs(sigmas[39] - 0.002) < 1e-12
-    assert sigmas[40] == 0
-    assert (sigmas.diff() < 0).all()
     high, low = 80 ** (1 / 7), 0.002 ** (1 / 7)
-    assert abs(sigma_schedule(18)[9] - (high + 9 / 17 * (low - high)) ** 7) < 1e-9
+    for steps in (18, 40):
+        sigmas = sigma_schedule(steps)
+        ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+        assert sigmas.dtype == torch.float64
+        assert torch.allclose(sigmas[:-1], (high + ramp * (low - high)) ** 7, rtol=1e-9)
+        assert sigmas[steps] == 0
 
 
 def gaussian(x, sigma):
@@ -135,10 +127,9 @@ def test_heun_makes_2n_minus_1_evaluations_and_churn_saturates_at_root_two(churn
 
 
 def test_noise_of_a_row_is_a_function_of_its_seed_alone():
-    whole, part = SampleNoise([3, 5, 9]), SampleNoise([5])
-    for shape in ((3, 2, 2), (7,)):
-        assert torch.equal(whole.randn(3, *shape)[1:2], part.randn(1, *shape))
-    assert not torch.equal(*SampleNoise([1, 2]).randn(2, 4))
+    whole = SampleNoise([3, 5, 9]).randn(3, 2, 2)
+    assert torch.equal(whole[1:2], SampleNoise([5]).randn(1, 2, 2))
+    assert not torch.equal(whole[0], whole[1])
 
 
 class Ideal(nn.Module):
@@ -209,55 +200,61 @@ def edm_weights(arch):
     return state
 
 
-def edm_tiny(arch):
-    sizes = dict(mults=(1, 2), blocks=1, attention=(8,))
-    if arch == "adm":
-        return UNet(16, 3, 5, 9, arch="adm", width=64, **sizes).eval()
-    return UNet(16, 3, 5, 9, arch="ddpm++", width=32, **sizes).eval()
-
-
 def rebuild(meta):
-    raise AssertionError("reading a file runs nothing of it")
+    """EDM's function of this kind would run the source code that is in its file."""
+    raise AssertionError
 
 
 class Persistent(nn.Module):
-    """Pickles as EDM's networks do: as a call of a function that is elsewhere."""
+    """Pickles as EDM's modules do: as a call with the source code of its class, which must not be run."""
+    kind = "Anything"
 
     def __reduce__(self):
-        return rebuild, (dict(class_name="EDMPrecond", state=self.__dict__),)
+        meta = dict(type="class", version=6, module_src="import os; os.abort()", class_name=self.kind)
+        return rebuild, (dict(meta, state=vars(self)),)
 
 
-def write_edm_pickle(path, state):
+def publish(path, weights, protocol=3, insert=b"", **state):
+    """A file of EDM's layout. These opcodes are inserted where the string 'insert' stands in its state."""
     network = Persistent()
-    for name, tensor in state.items():
+    vars(network).update(dict(sigma_data=0.5, kind="EDMPrecond") | state)
+    for name, tensor in weights.items():
         *parents, leaf = name.split(".")
         module = network
         for parent in parents:
-            if not hasattr(module, parent):
-                module.add_module(parent, nn.Module())
-            module = getattr(module, parent)
-        module.register_buffer(leaf, tensor)
-    path.write_bytes(pickle.dumps(dict(ema=network)))
+            if parent not in module._modules:
+                module.add_module(parent, Persistent())
+            module = module._modules[parent]
+        if "filter" in leaf:
+            module.register_buffer(leaf, tensor)
+        else:
+            module._parameters[leaf] = tensor if isinstance(tensor, str) else nn.Parameter(tensor)
+    content = pickle.dumps(dict(ema=network, augment_pipe=Persistent()), protocol)
+    if protocol == 3:                                  # names of modules that are not there
+        content = content.replace(b"ctest_twosdm\nrebuild\n",
+                                  b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n")
+        content = content.replace(b"X\6\0\0\0insert", insert)
+    path.write_bytes(content)
+    return path
 
 
-@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+@pytest.mark.parametrize("arch", SIZES)
 def test_the_unet_computes_what_edms_does_with_edms_file(arch, tmp_path):
     arrays = np.load(HERE / f"edm_tiny_{arch}.npz")
     reference = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    write_edm_pickle(tmp_path / "edm.pkl", edm_weights(arch))
-    net = edm_tiny(arch)
-    net.load_state_dict(twosdm.load_edm_pickle(tmp_path / "edm.pkl"))
+    net = UNet(**SIZES[arch]).eval()
+    net.load_state_dict(twosdm.load_edm_pickle(publish(tmp_path / "edm.pkl", edm_weights(arch))))
     for name, augment in (("denoised", reference["augment"]), ("denoised_no_augment", None)):
         out = Denoiser(net)(reference["x"], reference["sigma"], reference["label"], augment)
         assert (out - reference[name]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("arch", ["ddpmpp", "adm"])
+@pytest.mark.parametrize("arch", SIZES)
 def test_initial_weights_follow_edms_rules(arch):
     """Xavier-uniform or, in ADM, U(±1/√fan_in); EDM's names tell the layers that are silent at first."""
     torch.manual_seed(0)
     adm = arch == "adm"
-    for name, w in edm_tiny(arch).state_dict().items():
+    for name, w in UNet(**SIZES[arch]).eval().state_dict().items():
         silent = any(layer in name for layer in ("conv1", "proj", "out_conv"))
         if w.ndim == 1:
             assert adm or "norm" in name or not w.any(), name
@@ -329,8 +326,7 @@ def test_clip_embeds_raw_from_a_local_file_after_bilinear_resizing(tmp_path):
 def test_image_i_is_a_function_of_seed_and_i_alone():
     some = torch.tensor([5, 99, 10**9])
     images = twosdm.shapes_images(some, 16)
-    assert torch.equal(images[:2], twosdm.shapes_images(torch.arange(100), 16)[[5, 99]])
-    assert torch.equal(images[2:], twosdm.shapes_images(some[2:], 16))
+    assert torch.equal(images[:2], twosdm.shapes_images(torch.arange(100), 16)[some[:2]])
     assert not torch.equal(images, twosdm.shapes_images(some, 16, seed=1))
 
 
@@ -425,7 +421,6 @@ def test_checkpoints_refuse_what_they_are_not(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     ("--batch 0", "--batch 0 is out of range"),
     ("--steps 1", "--steps 1 is out of range"),
-    ("--lr -1", "at least 0"),
     ("--lr nan", "--lr nan"),
     ("--dropout 1", "at most 0.99"),
     ("--arch vit", "choose one of ddpm++, adm"),
@@ -433,15 +428,15 @@ def test_checkpoints_refuse_what_they_are_not(tmp_path):
     ("--width 18", "--width 18"),
     ("--resolution 18", "--resolution 18"),
     ("--prior-heads 3", "--prior-width"),
-    ("--images 1.5", "--images"),
     ("--images k", "--images"),
 ])
 def test_settings_out_of_range_are_named(flags, words, call, tmp_path):
     refused(call(train, "--stage", "image", *flags.split(), cwd=tmp_path), words)
 
 
-@pytest.mark.parametrize("text, number", [("25M", 25_000_000), ("1.5k", 1500), ("2G", 2 * 10**9), ("7", 7)])
-def test_numbers_have_suffixes(text, number, call, tmp_path):
-    code, out, err = call(train, "--stage", "prior", "--images", text, "--dry-run", cwd=tmp_path)
+def test_numbers_have_suffixes(call, tmp_path):
+    flags = "--stage prior --dry-run --images 25M --size 1.5k --seed 7".split()
+    code, out, err = call(train, *flags, cwd=tmp_path)
     settings, = json.loads(out)
-    assert settings["images"]["value"] == number
+    found = [settings[name]["value"] for name in ("images", "size", "seed")]
+    assert found == [25_000_000, 1500, 7]
