@@ -465,9 +465,9 @@ class WorldFeatures(twosdm.SmallClip):
 # ============================================================================================================
 
 
-def hash_of(*content):
+def key_of(*content):
     """12 hexadecimal digits that identify numbers, strings, lists and dicts."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return twosdm.hash_of(json.dumps(content, sort_keys=True).encode())
 
 
 def save_arrays(path, **arrays):
@@ -493,7 +493,7 @@ def samples(pipeline, seed, n):
     """The images that a method draws from the seeds seed, ..., seed + n - 1, when they are looked at."""
     shape = pipeline.resolution, pipeline.resolution, 3
     pixels = twosdm.Rows(lambda rows: pipeline((seed + rows).tolist()), n, shape)
-    return twosdm.Images(pipeline.method, pixels, hash_of(pipeline.describe(), seed, n))
+    return twosdm.Images(pipeline.method, pixels, key_of(pipeline.describe(), seed, n))
 
 
 def npz_images(path):
@@ -504,7 +504,7 @@ def npz_images(path):
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     begin, size = file.tell(), math.prod(shape[1:])
-    square = len(shape) == 4 and 0 < shape[1] == shape[2] <= 2048 and shape[3] == 3
+    square = len(shape) == 4 and min(shape) > 0 and shape[1] == shape[2] <= 2048 and shape[3] == 3
     if dtype != np.uint8 or fortran or not square:
         raise UserError(f"arr_0 in {path} is {dtype} of shape {shape}: it must be uint8 of shape "
                         f"(N, R, R, 3), R at most 2048, not of several sizes nor in Fortran's order")
@@ -517,7 +517,7 @@ def npz_images(path):
                 content += file.read(size)
             return np.frombuffer(content, np.uint8).reshape(-1, *shape[1:])
 
-    fingerprint = hash_of(archive.getinfo("arr_0.npy").CRC, shape)
+    fingerprint = key_of(archive.getinfo("arr_0.npy").CRC, shape)
     return twosdm.Images(str(path), twosdm.Rows(read, shape[0], shape[1:]), fingerprint)
 
 
@@ -597,7 +597,7 @@ def features(images, network, task, most):
         return dict(n=len(images), mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s,
                     pool=torch.cat(pool).numpy(), logits=torch.cat(logits).numpy())
 
-    key = hash_of(images.fingerprint, network.sha256, most)
+    key = key_of(images.fingerprint, network.sha256, most)
     return cached(task.folder / "features" / f"{key}.npz", make)
 
 
@@ -672,7 +672,7 @@ def measure(task):
     for described, images, pipeline in task.candidates() if metrics else ():
         fake = features(images, network, task, FAKE_ROWS)
         if len(images) <= network.dims[0]:
-            say(f"{len(images)} samples for the {network.dims[0]} dimensions of FID: it is biased upwards, "
+            say(f"{len(images)} samples for the {network.dims[0]} dimensions of FID: it is biased upward, "
                 f"compare it at equal n only")
         protocol = task.protocol(
             reference=args.reference or "training set",
@@ -727,7 +727,7 @@ def find_copies(task):
     """--nearest: yields a row for each candidate, on its nearest training images; leaves pictures and a CSV.
 
     Beside them, as "training", as many training images and their nearest *other* ones. A model that copies
-    lies to the left: `copies` is the share of samples within the 5 % quantile of "training".
+    lies to the left: `copies` is the share of samples within the 5% quantile of "training".
     """
     args = task.args
     embed, power, name = similarity(task)
@@ -905,8 +905,11 @@ def read_results(paths):
                 again = before.get("networks") == row.get("networks")
                 runs[run] = before | row if again else row
     results = []
+    # EDM has no y, whatever --y its training was given.
+    edms = {(dataset, *more): runs for (method, dataset, y, *more), runs in groups.items()
+            if method == NAMES["baseline"]}
     for (method, *columns), runs in groups.items():
-        edm = groups.get((NAMES["baseline"], *columns), {})
+        edm = edms.get((columns[0], *columns[2:]), {})
         for run, row in runs.items():
             if "fid" in row and edm.get(run, {}).get("fid"):
                 row["gain"] = 100 * (1 - row["fid"] / edm[run]["fid"])
@@ -958,7 +961,7 @@ def write_figure_4(paths, folder):
     names, rows = [name for name in varying(results) if name != "y"], []
     for result in results:
         kind, _, size = result["y"].partition(":")
-        if not size:                                          # all components; or none, which is EDM
+        if not size or result["method"] == NAMES["baseline"]:       # all components; or none, which is EDM
             kind, size = "pca", max(result["y_dim"])
         curve = ", ".join(filter(None, (result["dataset"], kind, label(result, names))))
         rows.append(dict(method=curve, images=result["images"], dims=int(size), fid=np.mean(result["fid"]),
@@ -988,7 +991,7 @@ def parse():
     add("--images", metavar="PATH", help="evaluate these instead of runs: a folder, a zip, or an .npz with "
         "arr_0 (default: none)")
     add("--n", type=sample.at_least(2, int, 10**7), help="images per method (default: 1000 on shapes and "
-        "folders, otherwise 50000; with --history 20000, --embeddings 1000, --nearest 100)")
+        "folders, otherwise 50000 or with --history 20000; with --embeddings 1000, --nearest 100)")
     add("--resolution", type=sample.at_least(2, int, 2048), help="side to which images in folders of "
         "--images and --reference are resized (default: none if all are squares of one size)")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read instead of stopping "
@@ -1037,7 +1040,8 @@ def parse():
         raise UserError("--images evaluates all of them: leave out --n")
     if args.images and not args.dataset:
         with contextlib.suppress(Exception):                  # a folder of sample.py says whose it is
-            args.dataset = json.loads(Path(args.images, "settings.json").read_bytes())["dataset"]
+            drawn = json.loads(Path(args.images, "settings.json").read_bytes())["dataset"]
+            args.dataset = drawn if drawn in train.PRESETS else None
     args.of_runs = not args.images and (args.method or not args.save_reference)
     if args.of_runs and args.resolution:
         raise UserError("--resolution is for --images and --reference: runs have a resolution of their own")
@@ -1063,8 +1067,9 @@ class Task:
             self.config = train.restore_config(dict(base.config, dataset=args.dataset or base.dataset))
         elif args.dataset:
             self.config = train.configure(args.dataset, "image")
-            with contextlib.suppress(UserError):              # its newest run, if there is one
-                self.config = train.restore_config(sample.load(sample.find_run(args, "image"))["config"])
+            path = sample.newest(args, "image*", "baseline*", "joint*")       # its newest run
+            if path:
+                self.config = train.restore_config(sample.load(path)["config"])
         if self.config:
             self.dataset = self.config.dataset
         self.folder = Path(args.runs, self.dataset or "images")
@@ -1141,8 +1146,6 @@ def find_pipelines(args, device):
     asked, pipelines = args.method, []
     for method in asked or sample.METHODS:
         try:
-            if args.y and method in ("baseline", "joint"):
-                raise UserError(f"--y {args.y}: there is no y to choose for --method {method}, leave one out")
             if asked or method != "oracle" or not args.history:
                 pipelines.append(sample.Pipeline(args, method, device))
             if len({p.data["fingerprint"] for p in pipelines} - {None}) > 1:

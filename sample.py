@@ -9,13 +9,12 @@
     python sample.py --like cat.png dog.jpg          variations of given images: y = e_i(image)
 
 Image i depends on seed + i alone, but for rounding: not on the batch or the number of processes
-(torchrun sample.py ...). The same command again continues where it stopped. Standard output is the path of
+(torchrun -- sample.py ...). The same command again continues where it stopped. Standard output is the path of
 the grid; all else goes to standard error.
 """
 import argparse
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -180,7 +179,7 @@ class Pipeline:
         """Eq. 3, both stages: (B,) whole numbers -> (B, R, R, 3) uint8."""
         began = time.perf_counter()
         y, a = self.conditions(seeds)
-        between = time.perf_counter()                 # `check_finite` has waited for the device
+        between = time.perf_counter()                 # with a prior, `check_finite` has waited for the device
         pixels = self.render(twosdm.image_noise(seeds, self.device), y, a)
         self.batches.append((between - began, time.perf_counter() - between, len(pixels)))
         return pixels
@@ -242,7 +241,7 @@ def slerp(start, end, way):
     """From start (...) to end (...) by way (T,) in [0, 1] -> (T, ...): way 0 and 1 give the ends, to the bit.
 
     Directions move along the great circle, lengths in proportion. Gaussian noise of many dimensions lies on a
-    sphere; halfway along a straight line it would be shorter by 30 %, which no denoiser has ever seen.
+    sphere; halfway along a straight line it would be shorter by 30%, which no denoiser has ever seen.
     """
     ends = torch.stack([start, end]).cpu().double().flatten(1)                # Apple's GPU has no float64
     way = torch.as_tensor(way, dtype=torch.float64)
@@ -357,6 +356,8 @@ def load(path, stage=None):
     """A checkpoint by train.py, with its file's name; EDM's .pkl files are baselines."""
     edm = str(path).endswith(".pkl")
     checkpoint = twosdm.edm_checkpoint(path) if edm else twosdm.load_checkpoint(path, stage)
+    if "config" not in checkpoint:
+        raise UserError(f"{path} is not the checkpoint of a network: give another file")
     config = vars(train.restore_config(checkpoint["config"]))
     return dict(checkpoint, file=path, config=config, net=None, optimizer=None)         # gigabytes of no use
 
@@ -381,6 +382,8 @@ def find_checkpoints(args, method):
         y = given["image"]["config"]["y"]
     if args.y and (args.y != y or "image" not in stages):
         raise UserError(f"--y {args.y} does not fit --method {method} or --checkpoint: leave one of them out")
+    # The others are of the same data set.
+    args.dataset = args.dataset or next((run["dataset"] for run in given.values() if run["seen"]), None)
     if method == "2sdm" and not twosdm.has_prior(y) and "prior" not in given:
         stages = ("image",)                           # clusters are drawn by their frequency: Class-cond
     found = {stage: given.get(stage) or load(find_run(args, stage, y), stage) for stage in stages}
@@ -420,7 +423,7 @@ def read_images(paths, resolution):
         with twosdm.reading(path, "--like needs image files"):
             pixels.append(twosdm.read_square(Path(path).read_bytes(), resolution))
     pixels = np.stack(pixels)
-    return twosdm.Images("given", pixels, hashlib.sha256(pixels).hexdigest()[:12])
+    return twosdm.Images("given", pixels, twosdm.hash_of(pixels))
 
 
 def fill(folder, pipeline, job, batch):

@@ -235,7 +235,7 @@ def check(config):
         value, known = getattr(config, setting.name), setting.metadata
         flag = f"--{setting.name.replace('_', '-')}"
         if not isinstance(value, int | float if setting.type is float else setting.type):
-            raise UserError(f"{flag} {value} is not of the kind {setting.type}: see --help")
+            raise UserError(f"{flag} {value!r} is of the wrong kind: see --help")
         if known["choices"] and value not in known["choices"]:
             raise UserError(f"{flag} {value} is unknown: choose one of {', '.join(known['choices'])}")
         low, high = known["low"], known["high"]
@@ -711,7 +711,7 @@ def run_folder(config):
 
 
 def newest_picture(config):
-    """Of samples, among the files of a run; None if there is none."""
+    """The newest picture of samples in a run's folder; None if there is none."""
     return max(run_folder(config).glob("samples-*.png"), default=None)
 
 

@@ -458,8 +458,8 @@ class UNet(nn.Module):
     level. The defaults of `sizes` (width, mults, blocks, attention) are those of `ARCHITECTURES`.
     """
 
-    def __init__(self, resolution, channels=3, cond_dim=0, augment_dim=0, arch="ddpm++", head_dim=64,
-                 dropout=0.0, **sizes):
+    def __init__(self, resolution, channels=3, cond_dim=0, augment_dim=0, arch="ddpm++", dropout=0.0,
+                 **sizes):
         super().__init__()
         self.adm = adm = arch == "adm"
         width, mults, blocks, attention = (ARCHITECTURES[arch] | sizes).values()
@@ -478,7 +478,7 @@ class UNet(nn.Module):
         def block(cin, cout, attended, resample=None):
             heads = 0
             if attended:
-                heads = cout // head_dim if adm else 1
+                heads = cout // 64 if adm else 1
             return UNetBlock(cin, cout, emb_dim, adm, heads, resample, dropout)
 
         # Encoder: every block's output is kept as a skip. DDPM++ attends in every encoder block ...
@@ -694,7 +694,7 @@ class SmallClip(nn.Module):
 class Pixels(nn.Module):
     """An embedder for any data, without weights: the pixels themselves, at most 32×32 of them.
 
-    It knows layout and color, nothing of meaning. `pixel_embedder` keeps its principal components.
+    It knows layout and color, nothing of meaning. `fit_pixels` finds the principal components to keep.
     """
     name = "pixels"
 
@@ -927,8 +927,8 @@ class Augment:
         # Planned on the CPU, which then knows without waiting for the device what needs resampling.
         if numbers is None:
             numbers = self.random(len(images))
-        uniform, normal = numbers.T.split([9, 4])
-        coin, flip, zoom, turn, angle, stretch, frame, direction, shift = uniform                  # (B,) each
+        coins, normal = numbers.T.split([9, 4])
+        coin, flip, zoom, turn, angle, stretch, frame, direction, shift = coins                    # (B,) each
         (n_zoom, n_stretch), moves = normal[:2], normal[2:]
         x_flip = (coin < 0.5).float()                                   # always active, whatever p is
         y_flip = (flip < self.p / 2).float()                            # a fair coin, with probability p
@@ -1284,7 +1284,7 @@ class ImageFiles:
                 faults[row] = str(error).split(" <")[0][:100]             # no addresses of objects
                 return np.zeros((resolution, resolution, 3), np.uint8)
 
-        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
             warnings.simplefilter("ignore")           # Pillow on odd EXIF, palettes and large sizes
             pixels = np.stack(list(pool.map(load_one, rows)))             # decoding needs no interpreter
         return pixels, faults
@@ -1314,7 +1314,7 @@ def list_files(source):
 def content(file):
     """The bytes of a listed file, of a zip without unpacking it. Raises what the system and zipfile do."""
     size, stamp, path = file
-    if size > LARGEST_FILE or not path.is_file():     # a pipe or a device would be read for ever
+    if size > LARGEST_FILE or not path.is_file():     # a pipe or a device would be read forever
         raise ValueError("not a regular file of at most 256 MB")
     return path.read_bytes()
 
@@ -1370,12 +1370,12 @@ def prepare_images(source, resolution, cache, skip_bad=False, autoencoder=None):
 
     def make(start, stop):
         made = np.zeros(stop - start, row)
-        content, faults = files.load(range(start, stop), resolution)
+        pixels, faults = files.load(range(start, stop), resolution)
         made["good"] = [i not in faults for i in range(start, stop)]
         if autoencoder is not None:
-            x = Images("", content, "").batch(slice(None), autoencoder.mean.device)
-            content = autoencoder.encode(x).cpu()
-        made["kept"] = content
+            x = Images("", pixels, "").batch(slice(None), autoencoder.mean.device)
+            pixels = autoencoder.encode(x).cpu()
+        made["kept"] = pixels
         return made
 
     def read(rows):
@@ -1534,7 +1534,7 @@ def run(main):
     except BrokenPipeError:                           # as in `python evaluate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        message = (f"{error.filename or 'a file'}: {error.strerror or error}: mend its path or rights, or "
+        message = (f"{error.filename or 'a file'}: {error.strerror or error}: fix its path or rights, or "
                    f"free space")
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -1556,14 +1556,14 @@ def reading(path, remedy):
     try:
         known = Path(path)
         if known.exists() and not (known.is_file() or known.is_dir()):
-            raise UserError(f"{path} is not a file: {remedy}")            # a pipe would be read for ever
+            raise UserError(f"{path} is not a file: {remedy}")            # a pipe would be read forever
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:                        # damaged files fail in any way they like
         fault = f"{path} is damaged or not what is wanted ({type(error).__name__}): "
         if isinstance(error, OSError) and error.errno:
-            fault = f"{error.filename or path} cannot be read ({error.strerror}): mend its path or rights; "
+            fault = f"{error.filename or path} cannot be read ({error.strerror}): fix its path or rights; "
         raise UserError(fault + remedy) from None
 
 

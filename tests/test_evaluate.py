@@ -308,7 +308,7 @@ def test_tables_average_training_seeds_and_keep_variants_apart(lines, tmp_path):
     one = ["3.0", "0.500", "0.250", "5.00", "10.00", "20.0", "0.030"]
     found = lines()
     assert ["2SDM", "clip", *mean, gain, "3"] in found
-    assert ["2SDM", "kmeans:64", *one, "–", "1"] in found
+    assert ["2SDM", "kmeans:64", *one, "37.5", "1"] in found
 
 
 def test_unlike_evaluations_are_neither_averaged_nor_compared(lines, tmp_path):
