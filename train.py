@@ -162,9 +162,10 @@ CLASSES = {"shapes": 6, "cifar10": 10, "imagenet-class": 1000, "imagenet-latent"
 PRESETS = {
     "shapes": [
         ("ours", EVERY, dict(embedder="shapes", lr_ramp=4 * K, views=1, steps=18, churn=0.0,
-                             log=2 * K, preview=10 * K, save=5 * K)),
+                             log=2 * K, preview=15 * K, save=5 * K)),
         # Minutes on two CPU cores. In so short a training many small steps learn more than few large ones.
         ("ours", ("embedder",), dict(images=40 * K, lr=2e-3)),
+        ("ours", ("prior",), dict(log=10 * K, save=50 * K)),
         ("ours", ("prior", "joint"), dict(SMALL_PRIOR, images=250 * K, batch=64, lr=2e-3)),
         ("ours", IMAGE, dict(SMALL_UNET, images=30 * K, batch=16, lr=4e-3, attention=(4,), snapshots=10 * K)),
     ],
