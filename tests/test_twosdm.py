@@ -53,7 +53,7 @@ def test_the_loss_is_the_squared_error_at_log_normal_noise_over_c_out_squared(pr
     c_skip, c_out, c_in, _ = denoiser.scalings(sigma)
     noisy = scaled / c_in[:, None]
     error = (denoiser(noisy, sigma) - x).square().sum(1)
-    assert torch.allclose(loss * c_out**2, error, rtol=1e-3, atol=1e-6)
+    assert torch.allclose((loss * c_out**2)[:50], error[:50], rtol=1e-4)
     assert predict == "edm" or (c_out == 1).all() and not c_skip.any()
     assert abs(log_sigma.mean() + 1.2) < 0.02
     assert abs(log_sigma.std() - 1.2) < 0.02
