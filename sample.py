@@ -63,6 +63,8 @@ class Pipeline:
             run.pop("ema")                            # gigabytes, and no longer of use
             twosdm.compile_network(network.net, args.compile, device)
         self.prior, self.image_model, self.run = self.networks.get("prior"), network, run
+        self.file, self.dataset, self.data = run["file"], run["dataset"], run["data"]
+        self.config, self.seen, self.fingerprints = run["config"], run["seen"], run["fingerprints"]
         self.resolution = self.config["resolution"]
         self.check()
         self.class_counts = self.count_classes()
@@ -80,10 +82,6 @@ class Pipeline:
             self.autoencoder = twosdm.Autoencoder(args.vae or self.config["vae"]).to(device)
         if method == "oracle" and not own_images:
             self.images = self.training_images()
-
-    def __getattr__(self, name):
-        """Whatever the checkpoint of the image model says: file, dataset, data, config, seen, ..."""
-        return self.run[name]
 
     def check(self):
         """Raises UserError for networks that do not fit each other, and for flags that they cannot follow."""
