@@ -17,13 +17,13 @@
 
 Values are comparable only with the same network (Inception of 2015-12-05), the same resize (TensorFlow 1's
 bilinear), the same rounding to uint8 and the same number of images: a number is reported with its protocol.
-Every set of images, whether files, an array or the samples of a method, is a `twosdm.Images`; its features
+Every set of images, whether files, an array or the samples of a method, is a `Images`; its features
 are cached in runs/<dataset>/features, so that metrics are recomputed in seconds. evaluate.py runs in one
 process: for many samples from several GPUs, evaluate what `torchrun -- sample.py --npz` has written.
 """
-import argparse
 import contextlib
 import csv
+import dataclasses
 import functools
 import hashlib
 import io
@@ -31,6 +31,7 @@ import json
 import math
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,8 @@ from tqdm import tqdm
 import sample
 import train
 import twosdm
-from twosdm import UserError, reading, to_uint8, written
+from train import option
+from twosdm import ATTRIBUTES, Images, Rows, UserError, cached, reading, to_float, to_uint8, written
 
 # ============================================================================================================
 # 1 Metrics: functions of arrays, of NumPy or torch, in float64
@@ -393,7 +395,7 @@ class Lpips(nn.Module):
     def embed(self, images):
         """(N, 3, H, W) -> (N, M): each layer's features, of unit length per pixel, times sqrt(w / (h w))."""
         x, (shift, scale) = images.to(self.colors.device), self.colors
-        x = twosdm.to_float(x) if x.dtype == torch.uint8 else x.float()
+        x = to_float(x) if x.dtype == torch.uint8 else x.float()
         x, parts = (x - shift) / scale, []
         for i, layer in enumerate(self.trunk):
             x = layer(x)                                                                  # (N, C, h, w)
@@ -418,11 +420,11 @@ class WorldFeatures(twosdm.SmallClip):
     label, resize, dims = "the world's own classifier (not comparable with Inception's)", "none", (64, 448)
 
     def __init__(self):
-        self.values = list(twosdm.ATTRIBUTES.values())        # how many each attribute has
+        self.values = list(ATTRIBUTES.values())        # how many each attribute has
         super().__init__(sum(self.values), width=16)
 
     def features(self, images):
-        x = twosdm.to_float(to_uint8(images.to(self.embed.weight.device)))
+        x = to_float(to_uint8(images.to(self.embed.weight.device)))
         last = self.image[:-4](F.interpolate(x, (32, 32), mode="area") if x.shape[-1] > 32 else x)
         pool = self.image[-4:-1](last)                                                    # (N, 64)
         joint = torch.zeros_like(pool[:, :1])
@@ -446,22 +448,21 @@ class WorldFeatures(twosdm.SmallClip):
                 index = 10**9 + step * batch + torch.arange(batch)            # far from any training set
                 target = torch.zeros_like(index)
                 for name, values in twosdm.shapes_attributes(index).items():
-                    target = target * twosdm.ATTRIBUTES[name] + values
+                    target = target * ATTRIBUTES[name] + values
                 images = twosdm.shapes_images(index, resolution).permute(0, 3, 1, 2)
                 loss = F.cross_entropy(net.features(images)["logits"], target.to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            return {name: x.cpu().numpy() for name, x in net.state_dict().items()}
+            return net.state_dict()
 
-        weights = cached(folder / f"classifier-{resolution}.npz", make)
-        net.load_state_dict({name: torch.as_tensor(x) for name, x in weights.items()})
+        net.load_state_dict(cached(folder / f"classifier-{resolution}.pt", make))
         net.sha256 = twosdm.fingerprint(net)
         return net
 
 
 # ============================================================================================================
-# 3 Sets of images: whatever they are, a twosdm.Images; what must be drawn or unpacked is made when looked at
+# 3 Sets of images: whatever they are, a Images; what must be drawn or unpacked is made when looked at
 # ============================================================================================================
 
 
@@ -470,30 +471,11 @@ def key_of(*content):
     return twosdm.hash_of(json.dumps(content, sort_keys=True).encode())
 
 
-def save_arrays(path, **arrays):
-    with written(path) as file:
-        np.savez(file, **arrays)
-
-
-def cached(path, make):
-    """The arrays of the .npz at path; if it is not there, make() -> dict of them is written there first.
-
-    A second process that wants the same waits for it. A damaged cache is only a slow one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with twosdm.locked(path.with_suffix(".lock")):
-        with contextlib.suppress(Exception), np.load(path) as file:
-            return dict(file)
-        arrays = make()
-        save_arrays(path, **arrays)
-        return arrays
-
-
 def samples(pipeline, seed, n):
     """The images that a method draws from the seeds seed, ..., seed + n - 1, when they are looked at."""
     shape = pipeline.resolution, pipeline.resolution, 3
-    pixels = twosdm.Rows(lambda rows: pipeline((seed + rows).tolist()), n, shape)
-    return twosdm.Images(pipeline.method, pixels, key_of(pipeline.describe(), seed, n))
+    pixels = Rows(lambda rows: pipeline((seed + rows).tolist()), n, shape)
+    return Images(pipeline.method, pixels, key_of(pipeline.describe(), seed, n))
 
 
 def npz_images(path):
@@ -518,7 +500,7 @@ def npz_images(path):
             return np.frombuffer(content, np.uint8).reshape(-1, *shape[1:])
 
     fingerprint = key_of(archive.getinfo("arr_0.npy").CRC, shape)
-    return twosdm.Images(str(path), twosdm.Rows(read, shape[0], shape[1:]), fingerprint)
+    return Images(str(path), Rows(read, shape[0], shape[1:]), fingerprint)
 
 
 def file_images(path, task):
@@ -592,13 +574,13 @@ def features(images, network, task, most):
             spatial_stats.update(out["spatial"])
             pool.append(out["pool"][chosen[block]])
             logits.append(out["logits"][chosen[block]])
-        mu, sigma = pool_stats.result()
-        mu_s, sigma_s = spatial_stats.result()
-        return dict(n=len(images), mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s,
-                    pool=torch.cat(pool).numpy(), logits=torch.cat(logits).numpy())
+        mu, sigma = map(torch.from_numpy, pool_stats.result())
+        mu_s, sigma_s = map(torch.from_numpy, spatial_stats.result())
+        return dict(n=len(images), mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, pool=torch.cat(pool),
+                    logits=torch.cat(logits))
 
     key = key_of(images.fingerprint, network.sha256, most)
-    return cached(task.folder / "features" / f"{key}.npz", make)
+    return cached(task.folder / f"features/{key}.pt", make)
 
 
 def score(real, fake, metrics):
@@ -663,7 +645,8 @@ def measure(task):
         network = InceptionFeatures(args.inception_weights).to(task.device)
     real = reference(task, network)
     if args.save_reference:
-        save_arrays(args.save_reference, **real | dict(weights=network.sha256))
+        with written(args.save_reference) as file:
+            np.savez(file, **real | dict(weights=network.sha256))
         say(f"-> {args.save_reference}")
     metrics = [name for name in args.metrics if real.keys() >= set(METRICS[name])]
     for lacking in set(args.metrics) - set(metrics):
@@ -977,63 +960,64 @@ def write_figure_4(paths, folder):
 # ============================================================================================================
 # 7 The command line
 # ============================================================================================================
-AT_ODDS = {                                                   # of each mode: the flags that do not go with it
-    "tables": ("resolution", "y"), "figure": ("resolution", "y"), "history": ("nearest", "checkpoint"),
-    "images": ("method", "checkpoint", "history", "y", "prompt"),
-    "embeddings": ("images", "method", "history", "nearest", "reference", "save_reference")}
+AT_ODDS = dict(                                               # of each mode: the flags that do not go with it
+    tables=("resolution", "y"), figure=("resolution", "y"), history=("nearest", "checkpoint"),
+    images=("method", "checkpoint", "history", "y", "prompt"),
+    embeddings=("images", "method", "history", "nearest", "reference", "save_reference"))
+
+
+@dataclass
+class EvaluationFlags:
+    """What is evaluated, and how."""
+    method: list = option(None, "what to compare (default: all that are trained)", choices=sample.METHODS,
+                          group="what is evaluated, and against what", nargs="+")
+    images: str = option(None, "evaluate these instead of runs: a folder, a zip, or an .npz with arr_0 "
+                         "(default: none)")
+    n: int = option(None, "images per method (default: 1000 on shapes and folders, otherwise 50000 or with "
+                    "--history 20000; with --embeddings 1000, --nearest 100)", 2, 10**7)
+    resolution: int = option(None, "side to which images in folders of --images and --reference are resized "
+                             "(default: none if all are squares of one size)", 2, 2048)
+    skip_bad: bool = option(False, "leave out images that cannot be read instead of stopping")
+    reference: str = option(None, "these images, or an .npz of statistics: EDM's, OpenAI's, "
+                            "--save-reference's (default: the training images, the run's or those of --data)")
+    save_reference: str = option(None, "a file for the reference's statistics, and features of 10,000 of its "
+                                 "images, as .npz; that is all, unless --images or --method is given "
+                                 "(default: no)")
+
+    metrics: list = option(None, f"some of {','.join(METRICS)} (default: all; with --history fid)",
+                           choices=METRICS, group="metrics and modes", type=lambda names: names.split(","))
+    history: bool = option(False, "the metrics at every snapshot of image model and baseline (train.py "
+                           "--snapshots), with the newest prior: table, CSV and figure")
+    nearest: str = option(None, "instead of metrics the nearest training images of each sample: pictures, "
+                          "CSV, histogram, and copies: the share nearer to one than 95 % of training images "
+                          "are to another, 0.05 is chance (default: no)", choices=("lpips", "clip", "pixel"))
+    embeddings: bool = option(False, "instead of metrics of images those of the prior's samples among the "
+                              "embeddings of training images")
+    tables: list = option(None, "instead: the paper's Tables 1, 3, 4, 5 as Markdown, from these "
+                          "results.jsonl of one or several training seeds (default: all below --runs)",
+                          nargs="*")
+    figure: int = option(None, "instead: 4 for Fig. 4, the oracle's FID against the dimension of y, from the "
+                         "results.jsonl below --runs or of --tables (default: no)", 4, 4)
+
+    inception_weights: str = option(None, "the public Inception file; shapes have a classifier of their own "
+                                    "in its place, also with --images and --dataset shapes (default: "
+                                    "downloaded once)", group="networks and output")
+    lpips_weights: list = option(None, "LPIPS's alex.pth and torchvision's AlexNet (default: downloaded "
+                                 "once)", nargs=2, metavar=("LINEAR", "TRUNK"))
+    out: str = option(None, "folder for what --history and --nearest write (default: the run's)")
+    json: str = option(None, "also write this evaluation as JSON to a file; - prints it instead of the table "
+                       "(default: no)")
+
+
+@dataclass
+class Flags(sample.SamplingFlags, EvaluationFlags):
+    pass
 
 
 def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument_group("what is evaluated, and against what").add_argument
-    add("--method", nargs="+", choices=sample.METHODS, help="what to compare (default: all that are trained)")
-    add("--images", metavar="PATH", help="evaluate these instead of runs: a folder, a zip, or an .npz with "
-        "arr_0 (default: none)")
-    add("--n", type=sample.at_least(2, int, 10**7), help="images per method (default: 1000 on shapes and "
-        "folders, otherwise 50000 or with --history 20000; with --embeddings 1000, --nearest 100)")
-    add("--resolution", type=sample.at_least(2, int, 2048), help="side to which images in folders of "
-        "--images and --reference are resized (default: none if all are squares of one size)")
-    add("--skip-bad", action="store_true", help="leave out images that cannot be read instead of stopping "
-        "(default: no)")
-
-    add("--reference", metavar="PATH", help="these images, or an .npz of statistics: EDM's, OpenAI's, "
-        "--save-reference's (default: the training images, the run's or those of --data)")
-    add("--save-reference", metavar="FILE", help="write the reference's statistics, and features of 10,000 "
-        "of its images, as .npz; that is all, unless --images or --method is given (default: no)")
-
-    add = parser.add_argument_group("metrics and modes").add_argument
-    add("--metrics", help=f"some of {','.join(METRICS)} (default: all; with --history fid)")
-    add("--history", action="store_true", help="the metrics at every snapshot of image model and baseline "
-        "(train.py --snapshots), with the newest prior: table, CSV and figure (default: no)")
-    add("--nearest", choices=("lpips", "clip", "pixel"), help="instead of metrics the nearest training "
-        "images of each sample: pictures, CSV, histogram, and copies: the share nearer to one than 95 %% of "
-        "training images are to another, 0.05 is chance (default: no)")
-    add("--embeddings", action="store_true", help="instead of metrics of images those of the prior's samples "
-        "among the embeddings of training images (default: no)")
-    add("--tables", nargs="*", metavar="FILE", help="instead: the paper's Tables 1, 3, 4, 5 as Markdown, "
-        "from these results.jsonl of one or several training seeds (default: all below --runs)")
-    add("--figure", type=int, choices=(4,), help="instead: Fig. 4, the oracle's FID against the dimension "
-        "of y, from the results.jsonl below --runs or of --tables (default: no)")
-
-    add = parser.add_argument_group("networks and output").add_argument
-    add("--inception-weights", metavar="FILE", help="the public Inception file; shapes have a classifier of "
-        "their own in its place, also with --images and --dataset shapes (default: downloaded once)")
-    add("--lpips-weights", nargs=2, metavar=("LINEAR", "TRUNK"), help="LPIPS's alex.pth and torchvision's "
-        "AlexNet (default: downloaded once)")
-    add("--out", metavar="FOLDER", help="for what --history and --nearest write (default: the run's)")
-    add("--json", metavar="FILE", help="also write this evaluation as JSON; - prints it instead of the table "
-        "(default: no)")
-    sample.add_sampling_flags(parser)
-    args = parser.parse_args()
-    args.metrics = (args.metrics or ("fid" if args.history else ",".join(METRICS))).lower().split(",")
-    if not METRICS.keys() >= set(args.metrics):
-        raise UserError(f"--metrics {','.join(args.metrics)}: choose among {','.join(METRICS)}")
-    given = {name for name, value in vars(args).items() if value not in (None, False)}
-    for mode, others in AT_ODDS.items():
-        for other in others:
-            if {mode, other} <= given:
-                raise UserError(f"--{mode} and --{other.replace('_', '-')} do not go together: leave out one")
+    args = Flags(**vars(train.new_parser(__doc__, Flags()).parse_args()))
+    args.metrics = args.metrics or (["fid"] if args.history else list(METRICS))
+    train.check_together(args, AT_ODDS)
     if args.embeddings:
         args.method = ["2sdm"]
     if args.images and args.n and not args.nearest:
@@ -1063,7 +1047,7 @@ class Task:
         if args.of_runs:
             self.pipelines = find_pipelines(args, self.device)
             # A published network does not say where its training images are.
-            base = max(self.pipelines, key=lambda p: p.data["fingerprint"] is not None)
+            base = max(self.pipelines, key=lambda p: p.fingerprints["images"] is not None)
             self.config = train.restore_config(dict(base.config, dataset=args.dataset or base.dataset))
         elif args.dataset:
             self.config = train.configure(args.dataset, "image")
@@ -1103,7 +1087,7 @@ class Task:
         config.runs, config.data = args.runs, args.data or config.data
         config.skip_bad = args.skip_bad or config.skip_bad
         images = twosdm.load_images(config, self.pipelines[0].autoencoder if self.pipelines else None)
-        if not {p.data["fingerprint"] for p in self.pipelines} <= {None, images.fingerprint}:
+        if not {p.fingerprints["images"] for p in self.pipelines} <= {None, images.fingerprint}:
             raise UserError("the training images are not those of the runs: give theirs with --data, or "
                             "--dataset")
         return self.of_one_size(images)
@@ -1148,7 +1132,7 @@ def find_pipelines(args, device):
         try:
             if asked or method != "oracle" or not args.history:
                 pipelines.append(sample.Pipeline(args, method, device))
-            if len({p.data["fingerprint"] for p in pipelines} - {None}) > 1:
+            if len({p.fingerprints["images"] for p in pipelines} - {None}) > 1:
                 pipelines.pop()
                 raise UserError(f"--method {method} was trained on other images than {pipelines[0].method}: "
                                 f"evaluate one at a time")
@@ -1170,8 +1154,7 @@ def history(pipeline, args, device):
     if folder / f"snapshot-{pipeline.seen:010d}.pt" not in paths:             # the run was stopped later
         paths.append(pipeline.file)
     for path in paths:
-        at_path = argparse.Namespace(**dict(vars(args), checkpoint=[path]))
-        yield sample.Pipeline(at_path, pipeline.method, device)
+        yield sample.Pipeline(dataclasses.replace(args, checkpoint=[path]), pipeline.method, device)
 
 
 def main():

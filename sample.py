@@ -12,7 +12,6 @@ Image i depends on seed + i alone, but for rounding: not on the batch or the num
 (torchrun -- sample.py ...). The same command again continues where it stopped. Standard output is the path of
 the grid; all else goes to standard error.
 """
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -22,20 +21,25 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 import train
 import twosdm
-from twosdm import UserError
+from train import option
+from twosdm import (
+    Images, SampleNoise, UserError, fingerprint, gather, has_prior, image_noise, mix_seed, rank, reading,
+    run_name, save_picture, written)
 
 METHODS = {"2sdm": ("prior", "image"), "oracle": ("image",), "baseline": ("baseline",), "joint": ("joint",)}
-RECORDED = "steps image_steps churn s_noise label prompt guidance temperature".split()
+RECORDED = "steps image_steps churn s_noise prompt guidance temperature".split()
 
 
 # ============================================================================================================
@@ -50,7 +54,7 @@ class Pipeline:
     """
 
     def __init__(self, args, method, device, own_images=False):
-        self.args = args = argparse.Namespace(**vars(args))                   # its own, to be completed
+        self.args = args = dataclasses.replace(args)  # its own, to be completed
         self.method, self.device = method, device
         self.batches = []                             # of each: seconds of stage 1, of stage 2, images
         self.precision = twosdm.set_precision(args.precision, device, auto="tf32")
@@ -58,14 +62,14 @@ class Pipeline:
         self.runs = find_checkpoints(args, method)                            # {stage: checkpoint}
         self.networks = {}
         for stage, run in self.runs.items():          # the last of which is that of the image model
-            with twosdm.reading(run["file"], "train it again, or give another --checkpoint"):
+            with reading(run["file"], "train it again, or give another --checkpoint"):
                 self.networks[stage] = network = twosdm.load_denoiser(run, device)
             run.pop("ema")                            # gigabytes, and no longer of use
             twosdm.compile_network(network.net, args.compile, device)
         self.prior, self.image_model, self.run = self.networks.get("prior"), network, run
-        self.file, self.dataset, self.data = run["file"], run["dataset"], run["data"]
-        self.config, self.seen, self.fingerprints = run["config"], run["seen"], run["fingerprints"]
-        self.resolution = self.config["resolution"]
+        self.file, self.config, self.data = run["file"], run["config"], run["data"]
+        self.seen, self.fingerprints = run["seen"], run["fingerprints"]
+        self.dataset, self.resolution = self.config["dataset"], self.config["resolution"]
         self.check()
         self.class_counts = self.count_classes()
         args.steps = args.steps or self.config["steps"]
@@ -106,15 +110,14 @@ class Pipeline:
     def count_classes(self):
         """How often each class is to come: (A,), as in the training set or, with --class, only that one."""
         counts = self.data["class_counts"] if self.config["a"] == "class" else []
-        label = self.args.label
+        label = self.args.class_
         if label is None:
             return counts
-        chosen = [count * (i == label) for i, count in enumerate(counts)]
-        if not any(chosen):
+        if not sum(counts[label:label + 1]):          # such a class has no images, or there is none
             names = [f"{i} {name}" for i, name in enumerate(self.data["classes"][:len(counts)])]
             known = ", ".join(names)[:300] or f"none, as {self.file} was trained without classes (--a class)"
             raise UserError(f"--class {label}: the classes are {known}")
-        return chosen
+        return [int(i == label) for i in range(len(counts))]
 
     @functools.cached_property
     def embedder(self):
@@ -128,7 +131,7 @@ class Pipeline:
         config = train.restore_config(self.config)
         config.runs, config.data = self.args.runs, self.args.data or config.data
         images = twosdm.load_images(config, self.autoencoder)
-        if images.fingerprint != self.data["fingerprint"]:
+        if images.fingerprint != self.fingerprints["images"]:
             raise UserError("the training images are not those of this run: give its own with --data")
         return images
 
@@ -140,13 +143,13 @@ class Pipeline:
         """
         y, a, counts = None, None, self.class_counts
         if self.images:                                                       # the oracle
-            label, labels = self.args.label, self.images.labels
+            label, labels = self.args.class_, self.images.labels
             rows = pick("image", seeds, [1] * len(self.images) if label is None else labels == label)
             y = self.embed(self.images, rows)
         if counts:
             a = self.one_hot(labels[rows] if self.images else pick("class", seeds, counts), counts)
         if self.prior:
-            y = self.sample_prior(noise or twosdm.SampleNoise(seeds, self.device), a)
+            y = self.sample_prior(noise or SampleNoise(seeds, self.device), a)
         elif self.method == "2sdm" and self.run["embedder"]:                  # Class-cond
             counts = self.run["embedder"]["reduction"]["counts"].tolist()
             y = self.one_hot(pick("cluster", seeds, counts), counts)
@@ -178,7 +181,7 @@ class Pipeline:
         began = time.perf_counter()
         y, a = self.conditions(seeds)
         between = time.perf_counter()                 # with a prior, `check_finite` has waited for the device
-        pixels = self.render(twosdm.image_noise(seeds, self.device), y, a)
+        pixels = self.render(image_noise(seeds, self.device), y, a)
         self.batches.append((between - began, time.perf_counter() - between, len(pixels)))
         return pixels
 
@@ -195,15 +198,15 @@ class Pipeline:
         """What the images depend on, for the record."""
         args, runs = self.args, self.runs.items()
         return dict(
-            {name: vars(args)[name] for name in RECORDED},
+            {name: vars(args)[name] for name in RECORDED}, label=args.class_,
             sampler="Algorithm 2, streams by name", device=self.device.type, method=self.method,
             dataset=self.dataset, arithmetic=self.precision, y=self.config["y"],
             y_dim=(self.run["embedder"] or dict(dim=0))["dim"],
             train_seed=self.seen and self.config["seed"],         # a published network does not tell it
             tags=[f"{stage} {run['config']['tag']}" for stage, run in runs if run["config"]["tag"]],
-            vae=self.autoencoder and twosdm.fingerprint(self.autoencoder),
+            vae=self.autoencoder and fingerprint(self.autoencoder),
             fingerprints=self.fingerprints, images_seen={stage: run["seen"] for stage, run in runs},
-            networks={stage: twosdm.fingerprint(network) for stage, network in self.networks.items()})
+            networks={stage: fingerprint(network) for stage, network in self.networks.items()})
 
     def timing(self):
         """What this pipeline has measured of itself (Table 5), or None if it has drawn nothing.
@@ -222,7 +225,7 @@ class Pipeline:
 def pick(stream, seeds, counts):
     """Per seed a number i with probability counts[i] / sum(counts): (B,)."""
     ends = np.cumsum(counts)
-    positions = [twosdm.mix_seed(stream, seed) % ends[-1] for seed in seeds]
+    positions = [mix_seed(stream, seed) % ends[-1] for seed in seeds]
     return np.searchsorted(ends, positions, side="right")
 
 
@@ -238,29 +241,25 @@ def check_finite(samples, file):
 def slerp(start, end, way):
     """From start (...) to end (...) by way (T,) in [0, 1] -> (T, ...): way 0 and 1 give the ends, to the bit.
 
-    Directions move along the great circle, lengths in proportion. Gaussian noise of many dimensions lies on a
-    sphere; halfway along a straight line it would be shorter by 30%, which no denoiser has ever seen.
+    Gaussian noise of many dimensions lies on a sphere, and so does every point of this arc; halfway along a
+    straight line it would be shorter by 30%, which no denoiser has ever seen.
     """
     ends = torch.stack([start, end]).cpu().double().flatten(1)                # Apple's GPU has no float64
     way = torch.as_tensor(way, dtype=torch.float64)
-    shares = torch.stack([1 - way, way], dim=1)                               # (T, 2)
-    lengths = ends.norm(dim=1, keepdim=True)                                  # (2, 1)
-    directions = ends / lengths.clip(1e-12)                                   # (2, D)
-    # Between parallel ends there is no one circle: clipped, they are not quite parallel.
-    angle = directions.prod(dim=0).sum().clip(-1 + 1e-12, 1 - 1e-12).acos()
-    turned = (shares * angle).sin() @ directions / angle.sin()
-    between = shares @ lengths * turned
-    return between.unflatten(1, start.shape).to(start)           # rounded to float32, the ends are exact
+    # Between parallel ends there is no one arc: clipped, they are not quite parallel.
+    angle = F.cosine_similarity(*ends, dim=0).clip(-1 + 1e-12, 1 - 1e-12).acos()
+    shares = torch.stack([1 - way, way], dim=1).mul(angle).sin() / angle.sin()                # (T, 2)
+    return (shares @ ends).unflatten(1, start.shape).to(start)   # rounded to float32, the ends are exact
 
 
-@dataclasses.dataclass
-class NoiseBetween(twosdm.SampleNoise):
+@dataclass
+class NoiseBetween(SampleNoise):
     """A Sampler's noise on the way between two seeds (Appendix C): row i at way[i] in [0, 1].
 
     `ends` is the noise of the two seeds. Rows at 0 and 1 are theirs, to the bit.
     """
 
-    ends: twosdm.SampleNoise
+    ends: SampleNoise
     way: torch.Tensor
 
     def __len__(self):
@@ -278,7 +277,7 @@ class Job(NamedTuple):
     name: str                       # of the file of a row and a column, to be formatted
     inputs: Callable                # rows [B], columns [B] -> what Pipeline.render takes
     recorded: dict                  # what the images depend on beside Pipeline.describe()
-    given: twosdm.Images | None = None       # images that come first in their rows
+    given: Images | None = None       # images that come first in their rows
 
 
 def samples(pipeline, args):
@@ -294,9 +293,9 @@ def samples(pipeline, args):
         if given:
             y = pipeline.embed(given, np.subtract(rows, args.seed))
         # The first image of a row is what its seed alone would give; the others do not depend on K.
-        seeds = [twosdm.mix_seed("variation", seed, column) if column else seed
+        seeds = [mix_seed("variation", seed, column) if column else seed
                  for seed, column in zip(rows, columns)]
-        return twosdm.image_noise(seeds, pipeline.device), y, a
+        return image_noise(seeds, pipeline.device), y, a
 
     name = "{:06d}-{:02d}.png" if args.like or args.same_y else "{:06d}.png"
     return Job(range(args.seed, args.seed + rows), columns, name, inputs, recorded, given)
@@ -306,13 +305,13 @@ def interpolation(pipeline, args):
     """--interpolate N, Appendix C: y changes from row to row, the image noise from column to column."""
     side, ends, device = args.interpolate, [args.seed, args.seed + 1], pipeline.device
     way = torch.linspace(0, 1, side, dtype=torch.float64)
-    noise = NoiseBetween(twosdm.SampleNoise(ends, device), way)
+    noise = NoiseBetween(SampleNoise(ends, device), way)
     y, a = pipeline.conditions([args.seed] * side, noise)                     # of one class, the first seed's
     if args.slerp == "y":
         y = slerp(y[0], y[-1], way)                                           # (N, D)
 
     def inputs(rows, columns):
-        noise = NoiseBetween(twosdm.image_noise(ends, device), way[columns])
+        noise = NoiseBetween(image_noise(ends, device), way[columns])
         return noise, y[rows], a if a is None else a[rows]
 
     recorded = dict(interpolate=side, slerp=args.slerp, seed=args.seed)
@@ -332,7 +331,7 @@ def newest(args, *names):
 def same_dataset(args):
     """Without --dataset: the one whose image model or baseline was trained last, for all stages alike."""
     if not args.dataset and not args.checkpoint:
-        path = newest(args, twosdm.run_name("image", args.y or "clip"), "baseline", "joint")
+        path = newest(args, run_name("image", args.y or "clip"), "baseline", "joint")
         args.dataset = path and path.parts[-3]
 
 
@@ -341,7 +340,7 @@ def find_run(args, stage, y=None):
     y = y or args.y or "clip"
     twosdm.check_y(y)
     a = "text" if stage == "prior" and args.prompt else "none"
-    name = twosdm.run_name(stage, y, a)
+    name = run_name(stage, y, a)
     path = newest(args, name)
     if path is None:
         raise UserError(f"{args.runs} has no trained '{name}' of --dataset {args.dataset or 'any'}: run "
@@ -381,8 +380,9 @@ def find_checkpoints(args, method):
     if args.y and (args.y != y or "image" not in stages):
         raise UserError(f"--y {args.y} does not fit --method {method} or --checkpoint: leave one of them out")
     # The others are of the same data set.
-    args.dataset = args.dataset or next((run["dataset"] for run in given.values() if run["seen"]), None)
-    if method == "2sdm" and not twosdm.has_prior(y) and "prior" not in given:
+    args.dataset = args.dataset or next(
+        (run["config"]["dataset"] for run in given.values() if run["seen"]), None)
+    if method == "2sdm" and not has_prior(y) and "prior" not in given:
         stages = ("image",)                           # clusters are drawn by their frequency: Class-cond
     found = {stage: given.get(stage) or load(find_run(args, stage, y), stage) for stage in stages}
     if method == "joint":
@@ -407,7 +407,7 @@ def open_folder(out, settings, default):
         folder.mkdir(parents=True, exist_ok=True)
         record = folder / "settings.json"
         if not any(folder.glob("[!.]*")):             # new, or its record failed
-            with twosdm.written(record) as file:
+            with written(record) as file:
                 file.write(settings)
         if record.is_file() and record.read_bytes() == settings:
             return folder
@@ -418,24 +418,24 @@ def read_images(paths, resolution):
     """Image files, treated as training images are -> Images."""
     pixels = []
     for path in paths:
-        with twosdm.reading(path, "--like needs image files"):
+        with reading(path, "--like needs image files"):
             pixels.append(twosdm.read_square(Path(path).read_bytes(), resolution))
     pixels = np.stack(pixels)
-    return twosdm.Images("given", pixels, twosdm.hash_of(pixels))
+    return Images("given", pixels, twosdm.hash_of(pixels))
 
 
 def fill(folder, pipeline, job, batch):
     """Draws the images of a job that its folder lacks; of several processes, each a part of them."""
     cells = itertools.product(job.rows, range(job.columns))
     missing = [cell for cell in cells if not (folder / job.name.format(*cell)).exists()]
-    twosdm.gather(None)                               # nobody draws before all have looked
-    batches = twosdm.share([missing[i:i + batch] for i in range(0, len(missing), batch)])
-    for cells in tqdm(batches, desc=pipeline.method, unit=" batches"):
+    gather(None)                               # nobody draws before all have looked
+    batches = [missing[i:i + batch] for i in range(0, len(missing), batch)]
+    for cells in tqdm(batches[rank()::twosdm.processes()], desc=pipeline.method, unit=" batches"):
         rows, columns = map(list, zip(*cells))
         pixels = pipeline.render(*job.inputs(rows, columns))
         for cell, image in zip(cells, pixels):
-            twosdm.save_picture(folder / job.name.format(*cell), image)
-    twosdm.gather(None)
+            save_picture(folder / job.name.format(*cell), image)
+    gather(None)
 
 
 def grid(job, folder):
@@ -457,7 +457,7 @@ def write_npz(folder):
     """
     seeds = sorted(int(path.stem) for path in folder.glob("[0-9]*.png"))
     path = folder / "samples.npz"
-    with twosdm.written(path) as fresh, tempfile.TemporaryFile(dir=folder) as file:
+    with written(path) as fresh, tempfile.TemporaryFile(dir=folder) as file:
         for seed in tqdm(seeds, desc=path.name, unit=" images"):
             image = np.asarray(Image.open(folder / f"{seed:06d}.png"))
             file.write(image)
@@ -469,112 +469,97 @@ def write_npz(folder):
 # ============================================================================================================
 # 5 The command line
 # ============================================================================================================
-def at_least(low, kind, high=2**31):
-    """An argparse type: numbers from low to high."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: at least {low}, at most {high:,}")
-        return value
-    return number
+@dataclass
+class SamplingFlags:
+    """The flags of everything that samples; evaluate.py has them, too."""
+    y: str = option(None, "which variant of prior and image model: clip, pca:D, kmeans:K, none (default: "
+                    "clip)", group="which runs")
+    runs: str = option("runs", "folder of all runs")
+    dataset: str = option(None, "whose runs to take (default: those trained last)", choices=train.PRESETS)
+    checkpoint: list = option(None, "checkpoints of prior, image model or baseline, in place of the newest; "
+                              "EDM's published .pkl files serve as baseline (default: none)", nargs="+")
+    data: str = option(None, "the training images, for the oracle (default: where they were)")
+    clip_weights: str = option(None, "CLIP's weights, for the oracle (default: where they were)")
+    vae: str = option(None, "Stable Diffusion's VAE, for latent models (default: where it was)")
+
+    seed: int = option(0, "image i is drawn from seed + i", 0, 2**31, group="sampling")
+    steps: int = option(None, "sampling steps of prior and image model (default: the run's preset)", 2)
+    image_steps: int = option(None, "steps of the image model alone (default: as --steps)", 2)
+    churn: float = option(None, "S_churn; 0 = deterministic (default: the run's preset)", 0)
+    s_noise: float = option(1.007, "S_noise of the churn", 0)
+    class_: int = option(None, "draw this class alone (default: as in the data)", 0)
+    prompt: str = option(None, 'a caption, such as "three red stars on a blue background", for priors '
+                         "trained with --a text (default: none)")
+    guidance: float = option(1.0, "classifier-free guidance on y; 1 = none, otherwise the model must have "
+                             "been trained with --y-dropout", 0)
+    temperature: float = option(1.0, "scales the prior's embeddings about their mean in the training set", 0)
+
+    batch: int = option(64, "images drawn at a time", 1, 2**20, group="machine and files")
+    device: str = option("auto", "auto = cuda, else mps, else cpu")
+    precision: str = option("auto", "of the networks; auto = tf32 on cuda, else fp32",
+                            choices=("auto", *train.PRECISIONS))
+    compile: bool = option(False, "torch.compile the networks, which pays for thousands of images on cuda")
+
+    def __post_init__(self):
+        train.check_options(self)
 
 
-def add_sampling_flags(parser):
-    """The flags of everything that samples; evaluate.py has them too, and `at_least` for its own."""
-    add, amount = parser.add_argument_group("which runs").add_argument, at_least(0, float)
-    add("--y", help="which variant of prior and image model: clip, pca:D, kmeans:K, none (default: clip)")
-    add("--runs", default="runs", help="folder of all runs (default: %(default)s)")
-    add("--dataset", choices=train.PRESETS, help="whose runs to take (default: those trained last)")
-    add("--checkpoint", nargs="+", help="checkpoints of prior, image model or baseline, in "
-        "place of the newest; EDM's published .pkl files serve as baseline (default: none)")
-    add("--data", help="the training images, for the oracle (default: where they were)")
-    add("--clip-weights", help="CLIP's weights, for the oracle (default: where they were)")
-    add("--vae", help="Stable Diffusion's VAE, for latent models (default: where it was)")
-
-    add = parser.add_argument_group("sampling").add_argument
-    add("--seed", type=at_least(0, int), default=0,
-        help="image i is drawn from seed + i (default: %(default)s)")
-    add("--steps", type=at_least(2, int),
-        help="sampling steps of prior and image model (default: the run's preset)")
-    add("--image-steps", type=at_least(2, int), help="steps of the image model alone (default: as --steps)")
-    add("--churn", type=amount, help="S_churn; 0 = deterministic (default: the run's preset)")
-    add("--s-noise", type=amount, default=1.007, help="S_noise of the churn (default: %(default)s)")
-    add("--class", type=at_least(0, int), dest="label",
-        help="draw this class alone (default: as in the data)")
-    add("--prompt", help='a caption, such as "three red stars on a blue background", for '
-        "priors trained with --a text (default: none)")
-    add("--guidance", type=amount, default=1.0, help="classifier-free guidance on y; 1 = none, otherwise the "
-        "model must have been trained with --y-dropout (default: %(default)s)")
-    add("--temperature", type=amount, default=1.0, help="scales the prior's embeddings about their mean in "
-        "the training set (default: %(default)s)")
-
-    add = parser.add_argument_group("machine and files").add_argument
-    add("--batch", type=at_least(1, int), default=64, help="images drawn at a time (default: %(default)s)")
-    add("--device", default="auto", help="auto = cuda, else mps, else cpu (default: %(default)s)")
-    add("--precision", choices=("auto", *train.PRECISIONS), default="auto",
-        help="of the networks; auto = tf32 on cuda, else fp32 (default: %(default)s)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="torch.compile the networks, which pays for thousands of images on cuda (default: no)")
+@dataclass
+class DrawingFlags:
+    """What sample.py draws."""
+    method: list = option(None, "what draws it (default: 2sdm)", choices=METHODS, group="what to draw",
+                          nargs=1)
+    n: int = option(None, "number of images, with --same-y rounded up to whole rows (default: 64)", 1)
+    interpolate: int = option(None, "an N×N grid between two embeddings and two noises, those of the seed "
+                              "and the next; without churn (default: no; without N: 8)", 2, 256,
+                              nargs="?", const=8, metavar="N")
+    slerp: str = option("noise", "what --interpolate turns from one embedding into the other: the prior's "
+                        "noise, or y itself", choices=("noise", "y"))
+    same_y: int = option(None, "images of each embedding, each with noise of its own (default: 1, with "
+                         "--like 8)", 1)
+    like: list = option(None, "variations of image files: y is their embedding; the grid shows them in its "
+                        "first column (default: none)", nargs="+")
+    out: str = option(None, "folder for the images (default: samples/<dataset>-<method>, with -interpolate, "
+                      "-same-y or -like where it applies, numbered)")
+    npz: bool = option(False, "also write samples.npz: all images in the folder as one array, by their seeds")
 
 
-def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument_group("what to draw").add_argument
-    add("--method", nargs=1, choices=METHODS, default=["2sdm"], help="(default: 2sdm)")
-    add("--n", type=at_least(1, int),
-        help="number of images, with --same-y rounded up to whole rows (default: 64)")
-    add("--interpolate", nargs="?", type=at_least(2, int, 256), const=8, metavar="N",
-        help="an N×N grid between two embeddings and two noises, those of the seed and the next; without "
-             "churn (default: no; without N: 8)")
-    add("--slerp", choices=("noise", "y"), default="noise",
-        help="what --interpolate turns from one embedding into the other: the prior's noise, or y itself "
-             "(default: %(default)s)")
-    add("--same-y", type=at_least(1, int), metavar="K",
-        help="K images of each embedding, each with noise of its own (default: 1, with --like 8)")
-    add("--like", nargs="+", metavar="IMAGE", help="variations of image files: y is their embedding; the "
-        "grid shows them in its first column (default: none)")
-    add("--out", help="folder for the images (default: samples/<dataset>-<method>, with -interpolate, "
-        "-same-y or -like where it applies, numbered)")
-    add("--npz", action="store_true",
-        help="also write samples.npz: all images in the folder as one array, by their seeds (default: no)")
-    add_sampling_flags(parser)
-    return parser.parse_args()
+@dataclass
+class Flags(SamplingFlags, DrawingFlags):
+    pass
 
 
-AT_ODDS = {                                           # of each mode: the flags that do not go with it
-    "interpolate": ("like", "same-y", "n", "npz", "churn"), "like": ("n", "npz"), "same-y": ("npz",),
-}
+AT_ODDS = dict(                                       # of each mode: the flags that do not go with it
+    interpolate=("like", "same_y", "n", "npz", "churn"), like=("n", "npz"), same_y=("npz",),
+)
 
 
 def choose_mode(args):
     """The flag that makes other than independent images, or "". Raises UserError for flags at odds."""
-    flags = vars(args) | {"same-y": args.same_y}
-    mode = next((flag for flag in AT_ODDS if flags[flag]), "")
-    for other in AT_ODDS.get(mode, ()):
-        if flags[other]:
-            raise UserError(f"--{mode} and --{other} do not go together: leave one of them out")
+    train.check_together(args, AT_ODDS)
+    mode = next((name for name in AT_ODDS if vars(args)[name]), "")
     if args.slerp == "y" and not args.interpolate:
         raise UserError("--slerp y is for --interpolate: add it, or leave --slerp out")
     if args.interpolate:
         args.churn = 0.0
-    if args.like and args.method == ["2sdm"]:
+    if args.like and args.method in (None, ["2sdm"]):
         args.method = ["oracle"]
+    args.method = args.method or ["2sdm"]
     return mode
 
 
 def check_mode(mode, pipeline):
     """Raises UserError if the pipeline has no embeddings y of the kind that the mode needs."""
     y = pipeline.config["y"]
-    embeds = pipeline.method == "oracle" and twosdm.has_prior(y)
-    able = {"interpolate": pipeline.prior, "like": embeds, "same-y": pipeline.prior or embeds}
+    embeds = pipeline.method == "oracle" and has_prior(y)
+    able = dict(interpolate=pipeline.prior, like=embeds, same_y=pipeline.prior or embeds)
     if mode and not able[mode]:
-        raise UserError(f"--{mode} needs embeddings that --method {pipeline.method} with --y {y} does not "
-                        f"have: take --method 2sdm with --y clip or pca:D")
+        raise UserError(f"{train.flag(mode)} needs embeddings that --method {pipeline.method} with --y {y} "
+                        f"does not have: take --method 2sdm with --y clip or pca:D")
 
 
 def main():
-    args = parse()
+    args = Flags(**vars(train.new_parser(__doc__, Flags()).parse_args()))
     mode = choose_mode(args)
     same_dataset(args)
     device, [method] = twosdm.pick_device(args.device), args.method
@@ -584,19 +569,19 @@ def main():
     job = (interpolation if args.interpolate else samples)(pipeline, args)
     print(method, "from", *(run["file"] for run in pipeline.runs.values()), file=sys.stderr)
     folder = None
-    if not twosdm.rank():
+    if not rank():
         settings = json.dumps(pipeline.describe() | job.recorded, indent=1).encode()
-        default = f"samples/{pipeline.dataset}-{method}-{mode}".removesuffix("-")
+        default = f"samples/{pipeline.dataset}-{method}{train.flag(mode)[1:]}".removesuffix("-")
         folder = open_folder(args.out, settings, default)
-    folder = twosdm.gather(folder)[0]
+    folder = gather(folder)[0]
     busy = f"another process draws into {folder}: wait for it, or give another --out"
-    with twosdm.locked(folder / f".lock{twosdm.rank()}", busy):               # each process has its own
+    with twosdm.locked(folder / f".lock{rank()}", busy):               # each process has its own
         twosdm.clear_unfinished(folder)
         fill(folder, pipeline, job, args.batch)
-        if not twosdm.rank():
+        if not rank():
             seed = f"-{args.seed:06d}" if args.seed else ""                   # never another seed's grid
             picture = folder / f"grid{seed}.png"
-            twosdm.save_picture(picture, grid(job, folder), least=512)
+            save_picture(picture, grid(job, folder), least=512)
             if args.npz:
                 write_npz(folder)
             print(picture)

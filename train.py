@@ -8,6 +8,7 @@ Started again it goes on where it stopped.
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -29,15 +30,21 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import twosdm
-from twosdm import ARCHITECTURES, STAGES, UserError
+from twosdm import (
+    ARCHITECTURES, LABEL_DIM, STAGES, ClipEmbedder, Denoiser, Pixels, Reduced, Sampler, SmallClip,
+    UserError, embedding_bank, gather, has_prior, mix_seed, processes, rank, send, shapes_captions,
+    told_nothing)
 
 
 # ============================================================================================================
 # 1 Settings: each field is a flag
 # ============================================================================================================
-def option(default, help, low=None, high=2**50, choices=None):
-    """A setting: its meaning, its bounds."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+def option(default, help, low=None, high=2**50, choices=None, group="", **parsing):
+    """A setting: its meaning, its bounds, the group of --help that it begins, more for argparse if need be.
+
+    A default of None is one that other settings or runs decide.
+    """
+    return field(default=default, metadata=locals())
 
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -48,7 +55,7 @@ K, M = 1_000, 1_000_000
 class TrainConfig:
     """All that determines a training run. Presets change some of the defaults."""
     stage: str = option("all", "what to train; all = whatever is missing, in this order",
-                        choices=("all", *STAGES, "joint"))
+                        choices=("all", *STAGES, "joint"), group="what matters first")
     dataset: str = option("shapes", "the preset: the data set and the settings that go with it")
     data: str = option("", "folder or zip with the images (shapes draws its own, cifar10 is downloaded)")
     images: int = option(25 * M, "length of each stage's training, in images seen", 1)
@@ -59,7 +66,7 @@ class TrainConfig:
     runs: str = option("runs", "folder of all runs")
     device: str = option("auto", "auto = cuda, else mps, else cpu")
 
-    resolution: int = option(16, "height and width of the images, in pixels", 4, 4096)
+    resolution: int = option(16, "height and width of the images, in pixels", 4, 4096, group="data")
     size: int = option(20_000, "number of training images of shapes", 1, 10 * M)
     limit: int = option(0, "train on so many of the images, chosen at random; 0 = all", 0)
     skip_bad: bool = option(False, "leave out images that cannot be read instead of stopping")
@@ -68,7 +75,7 @@ class TrainConfig:
     views: int = option(32, "augmented views per image that the prior is trained on", 1, K)
 
     embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, a PCA of the pixels, or a small CLIP "
-                           "of the shapes", choices=("clip", "pixels", "shapes"))
+                           "of the shapes", choices=("clip", "pixels", "shapes"), group="embedding")
     clip_weights: str = option("openai", "'openai', which open_clip downloads, or a file")
     y: str = option("clip", "what of the embedding is used: all of it (clip), its first D principal "
                     "components (pca:D), which of K clusters it is in (kmeans:K), nothing (none)")
@@ -76,13 +83,14 @@ class TrainConfig:
     a: str = option("none", "what the user conditions on: nothing, the class, or (the prior of shapes alone) "
                     "the caption's text embedding", choices=("none", "class", "text"))
 
-    prior_width: int = option(512, "width of the prior's tokens", 4, 2**14)
+    prior_width: int = option(512, "width of the prior's tokens", 4, 2**14, group="prior")
     prior_depth: int = option(6, "number of transformer blocks of the prior", 1, K)
     prior_heads: int = option(8, "number of attention heads of the prior", 1, K)
     prior_predicts: str = option("data", "the prior's output: y itself, or as EDM's networks (Departure)",
                                  choices=("data", "edm"))
 
-    arch: str = option("ddpm++", "U-Net of the image model and the baseline", choices=tuple(ARCHITECTURES))
+    arch: str = option("ddpm++", "U-Net of the image model and the baseline", choices=tuple(ARCHITECTURES),
+                       group="image network")
     width: int = option(128, "channels of the U-Net at its finest level, divisible by 4", 4, 2**12)
     mults: tuple = option((1, 2, 2, 2), "channel multiplier of each level", 1, 64)
     blocks: int = option(4, "residual blocks per level", 1, 100)
@@ -90,18 +98,19 @@ class TrainConfig:
     dropout: float = option(0.0, "dropout in the U-Net", 0, 0.99)
     init_from: str = option("", "EDM's .pkl whose weights the image model or baseline starts from")
 
-    lr_ramp: int = option(10 * M, "images over which the step size rises from 0", 0)
+    lr_ramp: int = option(10 * M, "images over which the step size rises from 0", 0, group="training")
     ema_half_life: int = option(500 * K, "half-life of the weights' moving average, in images", 0)
     ema_ramp: float = option(0.05, "half-life at most this share of the images seen", 0, 1e9)
     short: bool = option(False, "a run shorter than the preset's: scale with --images the ramp of the step "
                          "size and the EMA's half-life")
 
-    steps: int = option(40, "sampling steps (2·steps - 1 network evaluations)", 2, M)
+    steps: int = option(40, "sampling steps (2·steps - 1 network evaluations)", 2, M,
+                        group="sampling, kept in the checkpoint")
     churn: float = option(50.0, "S_churn of the sampler; 0 = deterministic", 0, 1e9)
 
     precision: str = option("auto", "of the networks' arithmetic, weights stay fp32; auto = bf16 on cuda, "
-                            "else fp32", choices=("auto", *PRECISIONS))
-    compile: bool | None = option(None, "torch.compile the network; unset = on cuda")
+                            "else fp32", choices=("auto", *PRECISIONS), group="machine and files")
+    compile: bool = option(None, "torch.compile the network; unset = on cuda")
     batch_gpu: int = option(0, "images per forward pass, to save memory; 0 = the whole batch", 0)
     log: int = option(50 * K, "images between lines of log.jsonl", 1)
     preview: int = option(M, "images between pictures of samples, which the image model draws after "
@@ -114,11 +123,6 @@ class TrainConfig:
         check(self)
 
 
-GROUPS = {                                            # of --help, each by its first setting
-    "stage": "what matters first", "resolution": "data", "embedder": "embedding", "prior_width": "prior",
-    "arch": "image network", "lr_ramp": "training", "steps": "sampling, kept in the checkpoint",
-    "precision": "machine and files",
-}
 SOURCES = dict(                                       # of the defaults above; all others are ours
     paper="embedder prior_predicts arch steps churn",
     authors="prior_width prior_depth prior_heads",
@@ -162,12 +166,12 @@ CLASSES = {"shapes": 6, "cifar10": 10, "imagenet-class": 1000, "imagenet-latent"
 PRESETS = {
     "shapes": [
         ("ours", EVERY, dict(embedder="shapes", lr_ramp=4 * K, views=1, steps=18, churn=0.0,
-                             log=2 * K, preview=15 * K, save=5 * K)),
+                             log=2 * K, preview=14 * K, save=5 * K)),
         # Minutes on two CPU cores. In so short a training many small steps learn more than few large ones.
         ("ours", ("embedder",), dict(images=40 * K, lr=2e-3)),
         ("ours", ("prior",), dict(log=10 * K, save=50 * K)),
         ("ours", ("prior", "joint"), dict(SMALL_PRIOR, images=250 * K, batch=64, lr=2e-3)),
-        ("ours", IMAGE, dict(SMALL_UNET, images=30 * K, batch=16, lr=4e-3, attention=(4,), snapshots=10 * K)),
+        ("ours", IMAGE, dict(SMALL_UNET, images=28 * K, batch=16, lr=4e-3, attention=(4,), snapshots=10 * K)),
     ],
     "folder": [                                       # minutes on a CPU; on a GPU, give the U-Net more width
         ("EDM", EVERY, dict(augment=0.15)),
@@ -230,19 +234,39 @@ def restore_config(saved):
         raise UserError("the checkpoint has settings that this version does not know: train again") from None
 
 
-def check(config):
-    """Raises UserError for settings of a wrong type, out of range, or that do not go together."""
-    for setting in dataclasses.fields(config):
-        value, known = getattr(config, setting.name), setting.metadata
-        flag = f"--{setting.name.replace('_', '-')}"
+def flag(name):
+    return "--" + name.strip("_").replace("_", "-")
+
+
+def check_options(settings):
+    """Raises UserError for settings, of any dataclass of options, of a wrong type or out of range."""
+    for setting in dataclasses.fields(settings):
+        name, known, value = setting.name, setting.metadata, getattr(settings, setting.name)
+        if value is None and setting.default is None:
+            continue
         if not isinstance(value, int | float if setting.type is float else setting.type):
-            raise UserError(f"{flag} {value!r} is of the wrong kind: see --help")
-        if known["choices"] and value not in known["choices"]:
-            raise UserError(f"{flag} {value} is unknown: choose one of {', '.join(known['choices'])}")
+            raise UserError(f"{flag(name)} {value!r} is of the wrong kind: see --help")
+        values = value if isinstance(value, tuple | list) else [value]
+        if known["choices"] and not set(values) <= set(known["choices"]):
+            raise UserError(f"{flag(name)} {value} is unknown: choose one of {', '.join(known['choices'])}")
         low, high = known["low"], known["high"]
-        numbers = value if isinstance(value, tuple) else (value,)
-        if low is not None and not all(low <= number <= high for number in numbers):
-            raise UserError(f"{flag} {value} is out of range: it must be at least {low} and at most {high}")
+        if low is not None and not all(low <= number <= high for number in values):
+            raise UserError(f"{flag(name)} {value} is out of range: it must be at least {low} and at most "
+                            f"{high}")
+
+
+def check_together(settings, at_odds):
+    """Raises UserError if two flags are given that do not go together: {mode: the flags at odds with it}."""
+    given = {name for name, value in vars(settings).items() if value not in (None, False)}
+    for mode, others in at_odds.items():
+        for other in others:
+            if {mode, other} <= given:
+                raise UserError(f"{flag(mode)} and {flag(other)} do not go together: leave one of them out")
+
+
+def check(config):
+    """Raises UserError for settings that do not go together."""
+    check_options(config)
     twosdm.check_y(config.y)
     stage, y, shapes = config.stage, config.y, config.dataset == "shapes"
     halved = 2 ** (len(config.mults) - 1) * (8 if config.vae else 1)
@@ -265,14 +289,14 @@ def check(config):
          "only the embedder of shapes is trained: leave --stage embedder out"),
         (config.init_from and stage in ("embedder", "prior"),
          "--init-from is for --stage image, baseline or joint: others have no U-Net"),
-        (stage == "prior" and not twosdm.has_prior(y),
+        (stage == "prior" and not has_prior(y),
          f"--y {y} leaves the prior nothing to learn: clusters are drawn by frequency"),
         (config.a == "text" and (stage, config.embedder) != ("prior", "shapes"),
          "--a text is for --stage prior of shapes and its own embedder: captions are nowhere else, and the "
          "image model learns of them through y"),
         (config.a == "class" and y.startswith("kmeans"),
          "--y kmeans draws clusters regardless of a: --a none"),
-        (config.y_dropout and twosdm.told_nothing(y),
+        (config.y_dropout and told_nothing(y),
          f"--y {y} leaves --y-dropout nothing to drop: leave one of them out"),
         (stage == "joint" and (y != "clip" or config.y_dropout or config.embedder == "pixels" or config.vae),
          "--stage joint trains an embedder of images with the rest: leave --y, --y-dropout, --vae and "
@@ -294,21 +318,33 @@ def whole_numbers(text):
     return tuple(int(number) for number in text.split(","))
 
 
-def add_flags(parser, config):
-    """One flag per setting of a configuration, whose values --help shows as the defaults."""
-    types = {int: whole_number, tuple: whole_numbers, str: str, float: float}
-    for setting in dataclasses.fields(config):
-        if setting.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[setting.name])
-        default, choices = getattr(config, setting.name), setting.metadata["choices"]
+def new_parser(description, settings, epilog=None):
+    """An argparse parser of one flag per setting; --help shows their values here as the defaults.
+
+    What it parses has no more than what was given.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, epilog=epilog)
+    types = {int: whole_number, tuple: whole_numbers, list: str}
+    for setting in dataclasses.fields(settings):
+        default, known = getattr(settings, setting.name), setting.metadata
+        if known["group"]:
+            group = parser.add_argument_group(known["group"])
+        help = known["help"]
         if isinstance(default, tuple):
             default = ",".join(map(str, default))
-        if setting.type in types:
-            options = dict(type=types[setting.type], metavar="|".join(choices) if choices else None)
+        if default is not None:
+            help += f" (default: {default})"
+        parsing = dict(dest=setting.name, help=help.replace("%", "%%"))
+        if setting.type is bool:
+            parsing["action"] = argparse.BooleanOptionalAction
         else:
-            options = dict(action=argparse.BooleanOptionalAction)
-        help = f"{setting.metadata['help']} (default: {default})".replace("%", "%%")
-        group.add_argument(f"--{setting.name.replace('_', '-')}", help=help, **options)
+            parsing["type"] = types.get(setting.type, setting.type)
+        if known["choices"]:
+            parsing["metavar"] = "|".join(known["choices"])
+        group.add_argument(flag(setting.name), **parsing | known["parsing"])
+    return parser
 
 
 # ============================================================================================================
@@ -323,10 +359,10 @@ def build(config, dim, classes, shape):
     dim: of the whole embedding; classes: their number, 0 for none; shape (C, H, W) of images or latents.
     """
     if config.stage == "embedder":
-        return dict(net="small-clip"), twosdm.SmallClip()
+        return dict(net="small-clip"), SmallClip()
     if config.stage == "joint":
         shapes = config.embedder == "shapes"
-        embedder = twosdm.SmallClip() if shapes else twosdm.ClipEmbedder(None)
+        embedder = SmallClip() if shapes else ClipEmbedder(None)
         embedder.requires_grad_(False)                # the text side stays as it is
         tower = embedder.image if shapes else embedder.model.visual
         tower.requires_grad_(True)
@@ -337,7 +373,7 @@ def build(config, dim, classes, shape):
         return model, nn.ModuleDict(dict(parts, embedder=embedder))
     a_dim = dim if config.a == "text" else classes
     y_dim = int(config.y.split(":")[1]) if ":" in config.y else dim
-    if config.stage == "baseline" or twosdm.told_nothing(config.y):
+    if config.stage == "baseline" or told_nothing(config.y):
         y_dim = 0
     if config.stage == "prior":
         net, predict, names = "prior", config.prior_predicts, PRIOR
@@ -346,7 +382,7 @@ def build(config, dim, classes, shape):
         net, predict, names = "unet", "edm", UNET
         dims = dict(resolution=shape[1], channels=shape[0], cond_dim=y_dim + a_dim)
     settings = {name.removeprefix("prior_"): getattr(config, name) for name in names.split()}
-    settings |= dict(dims, augment_dim=twosdm.LABEL_DIM if config.augment else 0)
+    settings |= dict(dims, augment_dim=LABEL_DIM if config.augment else 0)
     model = dict(net=net, predict=predict, sigma_data=0.5, settings=settings)
     return model, twosdm.build_denoiser(model).to(memory_format=torch.channels_last)
 
@@ -443,13 +479,11 @@ class Stage:
         twosdm.save_checkpoint(
             self.folder / name,
             stage=config.stage,
-            dataset=config.dataset,
             config=dataclasses.asdict(config),
             model=self.model,
             embedder=self.packed,
             fingerprints=self.fingerprints,
-            data=dict(count=len(images), classes=images.classes, class_counts=counts,
-                      fingerprint=images.fingerprint),
+            data=dict(count=len(images), classes=images.classes, class_counts=counts),
             seen=self.seen,
             seconds=self.seconds,
             log=self.log,
@@ -463,7 +497,7 @@ class Embedding(Stage):
     """The embedder's stage: the symmetric contrastive loss of images and captions (shapes only)."""
 
     def loss(self, rows, numbers):
-        captions = twosdm.shapes_captions(torch.from_numpy(rows), self.config.seed)
+        captions = shapes_captions(torch.from_numpy(rows), self.config.seed)
         return self.module.loss(self.images.batch(rows, self.device), captions)
 
     @torch.no_grad()
@@ -477,7 +511,7 @@ class Embedding(Stage):
         y, truth = torch.cat(parts), twosdm.shapes_attributes(index, seed)               # (N + 2000, D)
         pca = twosdm.PCA.fit(y[:size], module.kept).of_rms(y[:size])
         y, accuracy = F.pad(pca.transform(y), (0, 1), value=1), {}                       # (N + 2000, 17)
-        self.extra = pca.state_dict()
+        self.packed = twosdm.pack_embedder(copy.deepcopy(module).keep(pca.to(self.device)))
         for name, kinds in twosdm.ATTRIBUTES.items():  # least squares from [y, 1] to the one-hot attribute
             wanted = F.one_hot(truth[name], kinds).float()
             probe = torch.linalg.lstsq(y[:size], wanted[:size]).solution
@@ -500,11 +534,11 @@ class Diffusion(Stage):
         self.augment = twosdm.Augment(config.augment) if config.augment else None
         self.bank = None                              # of e_i(x), whose rows `reduce` turns into y
         if self.embedder and (config.stage == "prior" or not self.augment):
-            self.bank = twosdm.embedding_bank(images, self.whole, folder, self.augment, config.views,
+            self.bank = embedding_bank(images, self.whole, folder, self.augment, config.views,
                                               config.seed, self.device)
         if config.stage == "prior":                   # the mean y, about which --temperature contracts
-            plain = twosdm.embedding_bank(images, self.whole, folder, device=self.device)[0]
-            mean = plain[:, :-twosdm.LABEL_DIM].mean(0, keepdims=True, dtype=np.float64)
+            plain = embedding_bank(images, self.whole, folder, device=self.device)[0]
+            mean = plain[:, :-LABEL_DIM].mean(0, keepdims=True, dtype=np.float64)
             self.extra = dict(y_mean=self.reduce(torch.from_numpy(mean).float().to(self.device))[0])
 
     def parts(self, module):
@@ -548,7 +582,7 @@ class Diffusion(Stage):
         """Images or latents x (B, C, H, W), y (B, D), augmentation labels (B, 9); or None."""
         x, y, label, images = None, None, None, self.images
         if images.latents is not None and self.config.stage != "prior":
-            moments = twosdm.send(images.latents[rows], self.device)
+            moments = send(images.latents[rows], self.device)
             x = self.autoencoder.sample(moments, numbers["latent"])
         elif self.config.stage != "prior":
             x = images.batch(rows, self.device)
@@ -556,10 +590,10 @@ class Diffusion(Stage):
                 x, label = self.augment(x, numbers["augment"])
         if self.bank is not None:
             view = numbers["view"].numpy() % len(self.bank)
-            found = twosdm.send(self.bank[view, rows], self.device)                          # (B, D' + 9)
-            y = self.reduce(found[:, :-twosdm.LABEL_DIM])
+            found = send(self.bank[view, rows], self.device)                          # (B, D' + 9)
+            y = self.reduce(found[:, :-LABEL_DIM])
             if self.augment:
-                label = found[:, -twosdm.LABEL_DIM:]
+                label = found[:, -LABEL_DIM:]
         elif self.embedder:
             y = self.embedder(x)                      # of the augmented image
         if "told" in numbers:
@@ -569,9 +603,9 @@ class Diffusion(Stage):
     def condition(self, rows):
         """a of these images: (B, A), classes as one-hots or the captions' embeddings; None for neither."""
         if self.config.a == "text":
-            return self.whole.text_condition(twosdm.shapes_captions(torch.from_numpy(rows), self.config.seed))
+            return self.whole.text_condition(shapes_captions(torch.from_numpy(rows), self.config.seed))
         if self.classes:
-            labels = twosdm.send(self.images.labels[rows], self.device)
+            labels = send(self.images.labels[rows], self.device)
             return F.one_hot(labels, self.classes).float()
 
     @torch.no_grad()
@@ -580,8 +614,7 @@ class Diffusion(Stage):
         parts, y, device = self.parts(self.ema.net), None, self.device
         if "image" not in parts:
             return
-        side = 8 if self.config.resolution < 64 else 4
-        seeds, sampler = range(side * side), twosdm.Sampler(steps=18, s_churn=0)
+        seeds, sampler = range(64), Sampler(steps=18, s_churn=0)
         rows = np.array(seeds) * 7919 % len(self.images)                  # a prime: from all over the set
         a = self.condition(rows)
         if "prior" in parts:
@@ -591,7 +624,7 @@ class Diffusion(Stage):
         x = twosdm.sample_images(parts["image"], twosdm.image_noise(seeds, device), y, a, sampler)
         if self.autoencoder:
             x = self.autoencoder.decode(x)
-        picture = twosdm.image_grid(twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), side)
+        picture = twosdm.image_grid(twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), columns=8)
         twosdm.save_picture(self.folder / f"samples-{self.seen:09d}.png", picture, least=512)
 
 
@@ -601,7 +634,7 @@ class Diffusion(Stage):
 @functools.lru_cache(2)
 def permutation(size, seed, epoch):
     """(size,) int64: in which order an epoch shows its examples."""
-    generator = torch.Generator().manual_seed(twosdm.mix_seed("order", seed, epoch))
+    generator = torch.Generator().manual_seed(mix_seed("order", seed, epoch))
     return torch.randperm(size, generator=generator).numpy()
 
 
@@ -616,7 +649,7 @@ def loop(stage):
     precision = twosdm.set_precision(config.precision, device, auto="bf16")
     # The processes of torchrun share each batch; all but the first are silent and write nothing. The
     # contrastive loss compares all examples of a batch: it cannot be split, and each process trains it alone.
-    team, me, size = twosdm.processes(), twosdm.rank(), config.batch_gpu or config.batch
+    team, me, size = processes(), rank(), config.batch_gpu or config.batch
     if config.stage == "embedder":
         team, me, size = 1, 0, config.batch
     start, stop = config.batch * me // team, config.batch * (me + 1) // team
@@ -627,7 +660,7 @@ def loop(stage):
     with bar, stop_signals() as asked:
         while stage.seen < config.images:
             # All randomness follows from (seed, images seen): a resumed run repeats what the first would do.
-            torch.manual_seed(twosdm.mix_seed("step", config.seed, stage.seen))
+            torch.manual_seed(mix_seed("step", config.seed, stage.seen))
             began = time.perf_counter()
             rows = shuffled(len(stage.images), config.seed, stage.seen, stage.seen + config.batch)
             numbers = stage.random(rows)
@@ -637,7 +670,7 @@ def loop(stage):
             stage.optimizer.zero_grad(set_to_none=True)
             for part in parts:
                 if config.dropout:                    # the masks differ with the way a batch is split
-                    torch.manual_seed(twosdm.mix_seed("dropout", config.seed, stage.seen, part.start))
+                    torch.manual_seed(mix_seed("dropout", config.seed, stage.seen, part.start))
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     loss = stage.loss(rows[part], tree_map(lambda tensor: tensor[part], numbers))
                 (loss.sum() / config.batch).backward()
@@ -654,8 +687,8 @@ def loop(stage):
                 losses, norms = [], []
             # Processes agree on that now and then, as it makes them wait for each other.
             meeting = team == 1 or stage.seen // config.batch % 16 == 0
-            stopped = meeting and any(twosdm.gather(bool(asked)))
-            if not twosdm.rank():
+            stopped = meeting and any(gather(bool(asked)))
+            if not rank():
                 stage.write(stopped)
             if stopped:
                 return False
@@ -677,7 +710,7 @@ def finish_gradients(module, team):
 
 def log_line(stage, losses, norms):
     """A line of log.jsonl, of all measured since the last. Raises UserError if nothing of it is finite."""
-    loss, norm = torch.cat(twosdm.gather(torch.cat(losses).float().cpu())), torch.stack(norms).cpu()
+    loss, norm = torch.cat(gather(torch.cat(losses).float().cpu())), torch.stack(norms).cpu()
     finite = norm.isfinite()
     if not finite.any():
         raise UserError("the loss is not finite any more: give a lower --lr or --precision fp32; the last "
@@ -716,17 +749,16 @@ def newest_picture(config):
     return max(run_folder(config).glob("samples-*.png"), default=None)
 
 
-def train(config, device):
-    """One stage, from its checkpoint if any. Returns False if it was asked to stop."""
+def train(config, device, data):
+    """One stage, from its checkpoint if any; data() -> images, autoencoder. False if it was asked to stop."""
     path = run_folder(config) / "checkpoint.pt"
     checkpoint = twosdm.load_checkpoint(path, stage=config.stage) if path.exists() else None
-    twosdm.gather(None)                               # no process writes before all have read
+    gather(None)                               # no process writes before all have read
     if checkpoint:
         same_settings(checkpoint, config, path)
-    if config.batch < twosdm.processes():
-        raise UserError(f"--batch {config.batch} cannot be shared by {twosdm.processes()} processes")
-    autoencoder = twosdm.Autoencoder(config.vae).to(device) if config.vae else None
-    images = twosdm.load_images(config, autoencoder)
+    if config.batch < processes():
+        raise UserError(f"--batch {config.batch} cannot be shared by {processes()} processes")
+    images, autoencoder = data()
     if checkpoint and checkpoint["fingerprints"].get("images") != images.fingerprint:
         raise UserError(f"{path} was trained with other images: give the same ones, or another --runs folder")
     if checkpoint and checkpoint["seen"] >= config.images:
@@ -739,10 +771,10 @@ def train(config, device):
     stage.start(checkpoint)
     checkpoint = None                                 # gigabytes, for the largest networks
     for part in stage.module.modules():
-        if isinstance(part, twosdm.Denoiser):
+        if isinstance(part, Denoiser):
             twosdm.compile_network(part.net, config.compile, device)
     finished = loop(stage)
-    twosdm.gather(None)                               # what the first process saved is there for all
+    gather(None)                               # what the first process saved is there for all
     if not finished:
         print(f"stopped at {stage.seen:,} images and saved {path}: the same command goes on from there",
               file=sys.stderr)
@@ -759,21 +791,21 @@ def same_settings(checkpoint, config, path):
     for name in IDENTITY[config.stage].split():
         old, new = checkpoint["config"].get(name), getattr(config, name)
         if old != new:
-            raise UserError(f"{path} was trained with --{name.replace('_', '-')} {old or 'none'}, not "
+            raise UserError(f"{path} was trained with {flag(name)} {old or 'none'}, not "
                             f"{new or 'none'}: use its settings (--short makes some of --images), or keep "
                             f"both by --tag NAME or another --runs folder")
 
 
 def find_embedder(config, images, device):
     """e_i, frozen, as the image model knows it: whole, or reduced by PCA or K-means. None without y."""
-    if config.stage not in ("prior", "image") or twosdm.told_nothing(config.y):
+    if config.stage not in ("prior", "image") or told_nothing(config.y):
         return None
     folder = run_folder(config).parent
     if config.embedder == "clip":
-        embedder = twosdm.ClipEmbedder(config.clip_weights)
+        embedder = ClipEmbedder(config.clip_weights)
     elif config.embedder == "pixels":
         pca = fitted(folder, f"pixels-{images.fingerprint}", lambda: twosdm.fit_pixels(images))
-        embedder = twosdm.Reduced(twosdm.Pixels(config.resolution), pca)
+        embedder = Reduced(Pixels(config.resolution), pca)
     else:
         if config.dataset != "shapes":
             raise UserError("--embedder shapes knows only the embedded world: choose clip or pixels")
@@ -783,21 +815,18 @@ def find_embedder(config, images, device):
         return embedder
 
     def fit():
-        bank = twosdm.embedding_bank(images, embedder, folder, device=device)
-        rows = twosdm.send(bank[0, :, :-twosdm.LABEL_DIM], "cpu")
+        bank = embedding_bank(images, embedder, folder, device=device)
+        rows = send(bank[0, :, :-LABEL_DIM], "cpu")
         return twosdm.fit_reduction(config.y, rows, config.seed)
 
     name = f"{config.y.replace(':', '')}-{twosdm.fingerprint(embedder)}-{images.fingerprint}-{config.seed}"
-    return twosdm.Reduced(embedder, fitted(folder, name, fit)).to(device)
+    return Reduced(embedder, fitted(folder, name, fit)).to(device)
 
 
 def fitted(folder, name, fit):
-    """The reduction that fit() gives, fitted once, by one process, and kept in a file. Raises UserError."""
-    path = folder / f"reductions/{name}.pt"
-    with twosdm.locked(path.with_suffix(".lock")):
-        if not path.exists():
-            twosdm.save_checkpoint(path, stage="reduction", state=fit().state_dict())
-    return twosdm.restore_reduction(twosdm.load_checkpoint(path, stage="reduction")["state"])
+    """The reduction that fit() gives, fitted once, by one process, and kept in a file."""
+    tensors = twosdm.cached(folder / f"reductions/{name}.pt", lambda: fit().state_dict())
+    return twosdm.restore_reduction(tensors)
 
 
 # ============================================================================================================
@@ -808,12 +837,9 @@ def main():
     early.add_argument("--dataset", default="shapes")
     early.add_argument("--stage", default="all")
     known, _ = early.parse_known_args()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,           # only what is given is there
-        epilog=f"The defaults are those of --dataset {known.dataset} --stage {known.stage} (all: image); "
-               f"others have others. Data sets: {', '.join(PRESETS)}.")
-    add_flags(parser, configure(known.dataset, known.stage))
+    epilog = (f"The defaults are those of --dataset {known.dataset} --stage {known.stage} (all: image); "
+              f"others have others. Data sets: {', '.join(PRESETS)}.")
+    parser = new_parser(__doc__, configure(known.dataset, known.stage), epilog)
     parser.add_argument("--dry-run", action="store_true",
                         help="print every setting with its source, and parameter counts, as JSON")
     given = vars(parser.parse_args())
@@ -825,7 +851,7 @@ def main():
         stages = list(STAGES)
         if known.dataset != "shapes":
             stages.remove("embedder")
-        if not twosdm.has_prior(changes.get("y", "clip")):
+        if not has_prior(changes.get("y", "clip")):
             stages.remove("prior")
     configs = [configure(known.dataset, stage, **changes) for stage in stages]
     if "dry_run" in given:
@@ -834,14 +860,22 @@ def main():
         return 0
     device = twosdm.pick_device(configs[0].device)
     twosdm.join_processes(device)
-    print(f"{known.dataset}: {', '.join(stages)} on {device} (processes: {twosdm.processes()})")
+    print(f"{known.dataset}: {', '.join(stages)} on {device} (processes: {processes()})")
+
+    @functools.cache
+    def data():
+        """The training images, the same for all stages, and the autoencoder of their latents if any."""
+        config = configs[0]
+        autoencoder = twosdm.Autoencoder(config.vae).to(device) if config.vae else None
+        return twosdm.load_images(config, autoencoder), autoencoder
+
     for config in configs:
         folder = run_folder(config)
         busy = f"another process is training {folder}: wait for it, or give another --runs folder"
-        with twosdm.locked(folder / f"lock{twosdm.rank()}", busy):
-            if not twosdm.rank():                     # the lock of the first is the folder's
+        with twosdm.locked(folder / f"lock{rank()}", busy):
+            if not rank():                     # the lock of the first is the folder's
                 twosdm.clear_unfinished(folder)
-            if not train(config, device):
+            if not train(config, device, data):
                 return 130
     if known.stage == "all":
         where = "".join(f" --{name} {given[name]}" for name in ("runs", "dataset", "y") if name in given)
@@ -857,15 +891,15 @@ def describe(config, changes):
     """What --dry-run prints of a stage: each setting with its source, the number of parameters."""
     side, classes, (_, sources) = config.resolution, 0, settle(config.dataset, config.stage, changes)
     values = dataclasses.asdict(config)
-    for function in (twosdm.Denoiser, twosdm.sigma_schedule, twosdm.Sampler):
+    for function in (Denoiser, twosdm.sigma_schedule, Sampler):
         parameters = inspect.signature(function).parameters
         values |= {name: parameters[name].default for name in FIXED if name in parameters}
     values |= {"adam_" + name: value for name, value in ADAM.items()}
     if config.a == "class":
         classes = CLASSES.get(config.dataset) or len(twosdm.ImageFiles(config.data or "--data").classes)
     with torch.device("meta"):                        # shapes without contents: instant at any size
-        dims = dict(clip=twosdm.ClipEmbedder.dim, pixels=min(64, twosdm.Pixels(side).dim),
-                    shapes=twosdm.SmallClip.kept)
+        dims = dict(clip=ClipEmbedder.dim, pixels=min(64, Pixels(side).dim),
+                    shapes=SmallClip.kept)
         shape = (4, side // 8, side // 8) if config.vae else (3, side, side)
         _, module = build(config, dims[config.embedder], classes, shape)
     values["parameters"] = sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -662,6 +662,7 @@ class SmallClip(nn.Module):
             tower[-1].weight.copy_(pca.basis.T @ last.weight)
             tower[-1].bias.copy_((last.bias - mean) @ pca.basis)
         self.dim = pca.dim
+        return self
 
     def encode_text(self, texts):
         """Captions of at most seven of the world's words -> (B, dim), raw. Raises UserError."""
@@ -838,12 +839,10 @@ def frozen(module, state):
 
 def trained_clip(path):
     """The small CLIP of the embedder's checkpoint, averaged, with the components that it keeps. UserError."""
-    checkpoint, embedder = load_checkpoint(path, "embedder") if path.exists() else {}, SmallClip()
-    if "basis" not in checkpoint:
-        raise UserError(f"{path} is not there or not trained to its end: python train.py --stage embedder")
-    embedder.load_state_dict(checkpoint["ema"])
-    embedder.keep(PCA(checkpoint["mean"], checkpoint["basis"]))
-    return embedder.eval().requires_grad_(False)
+    packed = load_checkpoint(path, "embedder")["embedder"]
+    if packed is None:
+        raise UserError(f"{path} is not trained to its end: python train.py --stage embedder")
+    return unpack_embedder(packed)
 
 
 def unpack_embedder(packed, clip_weights="openai"):
@@ -1255,10 +1254,8 @@ class ImageFiles:
             table = min(tables, key=len)              # the one nearest to the top
             self.labels, self.classes = self.json_labels(table, files[table])
         self.label_bytes = b"" if self.labels is None else self.labels.tobytes()
-        digest = hashlib.sha256(self.label_bytes)
-        for name, (size, stamp, _) in zip(self.names, self.files):
-            digest.update(f"{name}\0{size}\0{stamp}\n".encode(errors="surrogateescape"))
-        self.key = digest.hexdigest()[:16]
+        listed = [(name, size, stamp) for name, (size, stamp, _) in zip(self.names, self.files)]
+        self.key = hash_of(self.label_bytes, repr(listed).encode())
 
     def json_labels(self, table, file):
         """(labels (N,), class names) of EDM's {"labels": [[name, int], ...]}; (None, []) if that is null."""
@@ -1388,18 +1385,17 @@ def prepare_images(source, resolution, cache, skip_bad=False, autoencoder=None):
     batch = min(max(2**25 // (3 * resolution**2), 16), 512)               # about 32 MB of pixels
     path = Path(cache) / f"{name}-{files.key}.rows"
     rows = made_once(path, total, row, make, "preparing", batch)
-    summary = path.with_suffix(".pt")                 # what only a look at all rows can tell
-    if not summary.exists():
-        bad = np.flatnonzero(~rows["good"]).tolist()
-        save_checkpoint(summary, bad=bad, sha256=hashlib.sha256(rows.view(np.uint8)).hexdigest())
-    known = load_checkpoint(summary)
-    bad = known["bad"]
+
+    def summarize():                                  # what only a look at all rows can tell
+        return dict(bad=np.flatnonzero(~rows["good"]).tolist(), hash=hash_of(rows.view(np.uint8)))
+
+    bad, pixels_hash = cached(path.with_suffix(".pt"), summarize).values()
     if bad and (not skip_bad or len(bad) == total):
         _, faults = files.load(bad[:5], resolution)
         among = ", ".join(f"{files.names[i]} ({faults.get(i)})" for i in bad[:5])
         raise UserError(f"{len(bad)} of {total} images cannot be used, among them {among}: repair or "
                         f"remove them, or go on without them (--skip-bad); what is done is kept")
-    digest = hash_of(known["sha256"].encode(), files.label_bytes)
+    digest = hash_of(pixels_hash.encode(), files.label_bytes)
     images = Images(str(source), rows["kept"], digest, files.labels, files.classes)
     if autoencoder is not None:
         images.latents = images.pixels
@@ -1687,11 +1683,6 @@ def join_processes(device):
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
-def share(items):
-    """Of a sequence, this process's part: every n-th item."""
-    return items[rank()::processes()]
-
-
 def gather(value):
     """[value of process 0, of process 1, ...] in every process; waits for all of them."""
     if processes() == 1:
@@ -1703,7 +1694,7 @@ def gather(value):
 
 FORMAT = "twosdm 2"
 STAGES = ("embedder", "prior", "image", "baseline")     # what --stage all trains
-TRAINED = dict(dataset=str, config=dict, model=dict, data=dict, fingerprints=dict, ema=dict, seen=int,
+TRAINED = dict(config=dict, model=dict, data=dict, fingerprints=dict, ema=dict, seen=int,
                embedder=(dict, type(None)))
 
 
@@ -1719,7 +1710,7 @@ def load_checkpoint(path, stage=None):
     Raises UserError if it is missing, damaged, of another stage, program or version, or not finite.
     """
     if not Path(path).exists():
-        raise UserError(f"{path} does not exist: train it first (python train.py --help)")
+        raise UserError(f"{path} does not exist: train it first (python train.py --stage {stage or 'all'})")
     with reading(path, "it should be a checkpoint that this version of train.py wrote; give another file, or "
                  "move it away and train again"):
         with zipfile.ZipFile(path) as archive:        # torch.load does not look at the checksums
@@ -1727,7 +1718,7 @@ def load_checkpoint(path, stage=None):
         content = torch.load(path, map_location="cpu", weights_only=True)
         assert content["format"] == FORMAT
         kind = content.get("stage")
-        if kind not in (None, "reduction"):
+        if kind:
             assert kind in (*STAGES, "joint")
             assert all(isinstance(content[name], types) for name, types in TRAINED.items())
         if not all_finite(content):
@@ -1736,6 +1727,18 @@ def load_checkpoint(path, stage=None):
     if stage not in (None, kind):
         raise UserError(f"{path} is a checkpoint of stage '{kind}', not '{stage}': give another file")
     return content
+
+
+def cached(path, make):
+    """What make() gave at the first call, tensors or numbers, from a file. A damaged file is made again.
+
+    Another process that wants the same waits for it.
+    """
+    with locked(path.with_suffix(".lock")):
+        with contextlib.suppress(UserError):
+            return load_checkpoint(path)["content"]
+        save_checkpoint(path, content=make())
+        return load_checkpoint(path)["content"]
 
 
 def all_finite(nested):
@@ -1934,14 +1937,12 @@ def edm_checkpoint(path):
         with torch.device("meta"):                    # shapes without contents: instant at any size
             build_denoiser(model).load_state_dict(ema, assign=True)
     classes = [str(i) for i in range(settings["cond_dim"])]
-    name = Path(path).stem
-    sampler = Sampler()
     return dict(
-        stage="baseline", dataset=name, seen=None, embedder=None, model=model, ema=ema,
+        stage="baseline", seen=None, embedder=None, model=model, ema=ema,
         fingerprints=dict(images=None, embedder=None),
-        config=dict(stage="baseline", dataset=name, resolution=settings["resolution"],
-                    a="class" if classes else "none", steps=sampler.steps, churn=sampler.s_churn),
-        data=dict(count=None, fingerprint=None, classes=classes, class_counts=[1] * len(classes) or None))
+        config=dict(stage="baseline", dataset=Path(path).stem, resolution=settings["resolution"],
+                    a="class" if classes else "none"),
+        data=dict(count=None, classes=classes, class_counts=[1] * len(classes) or None))
 
 
 def load_edm_pickle(path):

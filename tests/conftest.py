@@ -1,5 +1,4 @@
 """What several test files use: the scripts, called as a user calls them, and a folder of tiny runs."""
-import argparse
 import multiprocessing
 import os
 import subprocess
@@ -15,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import sample
+import train
 import twosdm
 
 ROOT = Path(twosdm.__file__).parent
@@ -124,10 +124,8 @@ def table(text):
 
 def pipeline(runs, method="2sdm", *flags):
     """A method with the networks of a folder of runs, as sample.py makes it."""
-    parser = argparse.ArgumentParser()
-    sample.add_sampling_flags(parser)
-    args = parser.parse_args(["--runs", str(runs), *map(str, flags)])
-    args.method = [method]
+    given = train.new_parser("", sample.Flags()).parse_args(["--runs", str(runs), *map(str, flags)])
+    args = sample.Flags(**vars(given), method=[method])
     return sample.Pipeline(args, method, torch.device("cpu"))
 
 

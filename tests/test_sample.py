@@ -57,16 +57,17 @@ def gaussian(*shape):
 
 # The way between two points
 
-def test_slerp_has_the_ends_bits_and_turns_and_stretches_evenly():
+def test_slerp_has_the_ends_bits_and_turns_evenly_on_their_sphere():
     a, b = gaussian(3, 32, 32)
+    b *= a.norm() / b.norm()
     way = torch.linspace(0, 1, 5, dtype=torch.float64)
-    points = slerp(a, 2 * b, way)
+    points = slerp(a, b, way)
     assert points.shape == (5, 3, 32, 32)
     assert points.dtype == torch.float32
     assert torch.equal(points[0], a)
-    assert torch.equal(points[-1], 2 * b)
+    assert torch.equal(points[-1], b)
     lengths = points.flatten(1).double().norm(dim=1)
-    assert close(lengths, torch.lerp(lengths[0], lengths[-1], way), 1e-4)
+    assert close(lengths, lengths[0], 1e-4)
     unit = points.flatten(1).double() / lengths[:, None]
     angles = (unit[1:] * unit[:-1]).sum(1).acos()
     assert close(angles, angles.mean(), 1e-6)
