@@ -703,7 +703,7 @@ def similarity(task):
     def embed(x):
         return F.normalize(net(x)) / math.sqrt(2)             # of these, |u - v|^2 = 1 - cos
 
-    return embed, 2, f"cosine of {type(net).__name__} {twosdm.fingerprint(net)}"
+    return embed, 2, f"cosine of {net.name} {twosdm.fingerprint(net)}"
 
 
 def find_copies(task):
@@ -1048,12 +1048,12 @@ class Task:
             self.pipelines = find_pipelines(args, self.device)
             # A published network does not say where its training images are.
             base = max(self.pipelines, key=lambda p: p.fingerprints["images"] is not None)
-            self.config = train.restore_config(dict(base.config, dataset=args.dataset or base.dataset))
+            self.config = dataclasses.replace(base.config, dataset=args.dataset or base.dataset)
         elif args.dataset:
             self.config = train.configure(args.dataset, "image")
             path = sample.newest(args, "image*", "baseline*", "joint*")       # its newest run
             if path:
-                self.config = train.restore_config(sample.load(path)["config"])
+                self.config = sample.load(path)["config"]
         if self.config:
             self.dataset = self.config.dataset
         self.folder = Path(args.runs, self.dataset or "images")

@@ -69,32 +69,31 @@ class Pipeline:
         self.prior, self.image_model, self.run = self.networks.get("prior"), network, run
         self.file, self.config, self.data = run["file"], run["config"], run["data"]
         self.seen, self.fingerprints = run["seen"], run["fingerprints"]
-        self.dataset, self.resolution = self.config["dataset"], self.config["resolution"]
+        self.dataset, self.resolution = self.config.dataset, self.config.resolution
         self.check()
         self.class_counts = self.count_classes()
-        args.steps = args.steps or self.config["steps"]
+        args.steps = args.steps or self.config.steps
         args.image_steps = args.image_steps or args.steps
-        args.churn = self.config["churn"] if args.churn is None else args.churn
+        args.churn = self.config.churn if args.churn is None else args.churn
         self.sampler = twosdm.Sampler(args.steps, args.churn, s_noise=args.s_noise)
         self.image_sampler = dataclasses.replace(
             self.sampler, steps=args.image_steps, guidance=args.guidance)
         self.caption, self.autoencoder, self.images = None, None, None
         if args.prompt:                               # a word that it does not know is said here
-            clip = getattr(self.embedder, "inner", self.embedder)             # beneath a PCA
-            self.caption = clip.text_condition([args.prompt])                 # (1, A)
-        if self.config["vae"]:
-            self.autoencoder = twosdm.Autoencoder(args.vae or self.config["vae"]).to(device)
+            self.caption = self.embedder.text_condition([args.prompt])        # (1, A)
+        if self.config.vae:
+            self.autoencoder = twosdm.Autoencoder(args.vae or self.config.vae).to(device)
         if method == "oracle" and not own_images:
             self.images = self.training_images()
 
     def check(self):
         """Raises UserError for networks that do not fit each other, and for flags that they cannot follow."""
-        args, prior, a = self.args, self.runs.get("prior", {}), self.config["a"]
+        args, prior, a = self.args, self.runs.get("prior", {}), self.config.a
         if prior:
-            a = prior["config"]["a"]
+            a = prior["config"].a
             # Captions are for priors alone.
             told = prior["fingerprints"], a.replace("text", "none")
-            if told != (self.fingerprints, self.config["a"]):
+            if told != (self.fingerprints, self.config.a):
                 raise UserError(f"{prior['file']} and {self.file} were trained on different images or "
                                 f"embeddings or with different classes: train both with the same settings "
                                 f"(but the image model with --a none if the prior has --a text)")
@@ -103,13 +102,13 @@ class Pipeline:
                             "python train.py --stage prior --a text")
         if args.temperature != 1 and "y_mean" not in prior:
             raise UserError("--temperature is for --method 2sdm, with a prior of its own")
-        if args.guidance != 1 and not self.config["y_dropout"]:
+        if args.guidance != 1 and not self.config.y_dropout:
             raise UserError("--guidance needs an image model that sometimes was not told y: train.py --stage "
                             "image --y-dropout 0.1 --tag guided, then --checkpoint FOLDER/checkpoint.pt")
 
     def count_classes(self):
         """How often each class is to come: (A,), as in the training set or, with --class, only that one."""
-        counts = self.data["class_counts"] if self.config["a"] == "class" else []
+        counts = self.data["class_counts"] if self.config.a == "class" else []
         label = self.args.class_
         if label is None:
             return counts
@@ -124,12 +123,12 @@ class Pipeline:
         """e_i, loaded when it is first asked for, since 2SDM draws without it; None without y."""
         if self.run["embedder"] is None:
             return None
-        weights = self.args.clip_weights or self.config["clip_weights"]
+        weights = self.args.clip_weights or self.config.clip_weights
         return twosdm.unpack_embedder(self.run["embedder"], weights).to(self.device)
 
     def training_images(self):
-        config = train.restore_config(self.config)
-        config.runs, config.data = self.args.runs, self.args.data or config.data
+        args, data = self.args, self.args.data or self.config.data
+        config = dataclasses.replace(self.config, runs=args.runs, data=data)
         images = twosdm.load_images(config, self.autoencoder)
         if images.fingerprint != self.fingerprints["images"]:
             raise UserError("the training images are not those of this run: give its own with --data")
@@ -200,10 +199,10 @@ class Pipeline:
         return dict(
             {name: vars(args)[name] for name in RECORDED}, label=args.class_,
             sampler="Algorithm 2, streams by name", device=self.device.type, method=self.method,
-            dataset=self.dataset, arithmetic=self.precision, y=self.config["y"],
+            dataset=self.dataset, arithmetic=self.precision, y=self.config.y,
             y_dim=(self.run["embedder"] or dict(dim=0))["dim"],
-            train_seed=self.seen and self.config["seed"],         # a published network does not tell it
-            tags=[f"{stage} {run['config']['tag']}" for stage, run in runs if run["config"]["tag"]],
+            train_seed=self.seen and self.config.seed,         # a published network does not tell it
+            tags=[f"{stage} {run['config']['tag']}" for stage, run in runs if run["config"].tag],
             vae=self.autoencoder and fingerprint(self.autoencoder),
             fingerprints=self.fingerprints, images_seen={stage: run["seen"] for stage, run in runs},
             networks={stage: fingerprint(network) for stage, network in self.networks.items()})
@@ -355,7 +354,7 @@ def load(path, stage=None):
     checkpoint = twosdm.edm_checkpoint(path) if edm else twosdm.load_checkpoint(path, stage)
     if "config" not in checkpoint:
         raise UserError(f"{path} is not the checkpoint of a network: give another file")
-    config = vars(train.restore_config(checkpoint["config"]))
+    config = train.restore_config(checkpoint["config"])
     return dict(checkpoint, file=path, config=config, net=None, optimizer=None)         # gigabytes of no use
 
 
@@ -376,12 +375,12 @@ def find_checkpoints(args, method):
     """{stage: checkpoint} of a method's networks: those given, and for the others the newest."""
     given, y, stages = load_given(args.checkpoint, args.method), args.y or "clip", METHODS[method]
     if "image" in given:
-        y = given["image"]["config"]["y"]
+        y = given["image"]["config"].y
     if args.y and (args.y != y or "image" not in stages):
         raise UserError(f"--y {args.y} does not fit --method {method} or --checkpoint: leave one of them out")
     # The others are of the same data set.
     args.dataset = args.dataset or next(
-        (run["config"]["dataset"] for run in given.values() if run["seen"]), None)
+        (run["config"].dataset for run in given.values() if run["seen"]), None)
     if method == "2sdm" and not has_prior(y) and "prior" not in given:
         stages = ("image",)                           # clusters are drawn by their frequency: Class-cond
     found = {stage: given.get(stage) or load(find_run(args, stage, y), stage) for stage in stages}
@@ -550,7 +549,7 @@ def choose_mode(args):
 
 def check_mode(mode, pipeline):
     """Raises UserError if the pipeline has no embeddings y of the kind that the mode needs."""
-    y = pipeline.config["y"]
+    y = pipeline.config.y
     embeds = pipeline.method == "oracle" and has_prior(y)
     able = dict(interpolate=pipeline.prior, like=embeds, same_y=pipeline.prior or embeds)
     if mode and not able[mode]:

@@ -8,7 +8,6 @@ Started again it goes on where it stopped.
 """
 import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
 import inspect
@@ -32,8 +31,7 @@ from tqdm import tqdm
 import twosdm
 from twosdm import (
     ARCHITECTURES, LABEL_DIM, STAGES, ClipEmbedder, Denoiser, Pixels, Reduced, Sampler, SmallClip,
-    UserError, embedding_bank, gather, has_prior, mix_seed, processes, rank, send, shapes_captions,
-    told_nothing)
+    UserError, embedding_bank, gather, has_prior, mix_seed, processes, rank, send, shapes_captions)
 
 
 # ============================================================================================================
@@ -74,8 +72,8 @@ class TrainConfig:
     augment: float = option(0.0, "probability of each geometric augmentation", 0, 1)
     views: int = option(32, "augmented views per image that the prior is trained on", 1, K)
 
-    embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, a PCA of the pixels, or a small CLIP "
-                           "of the shapes", choices=("clip", "pixels", "shapes"), group="embedding")
+    embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, the image shrunk to 4×4 pixels, or a "
+                           "small CLIP of the shapes", choices=("clip", "pixels", "shapes"), group="embedding")
     clip_weights: str = option("openai", "'openai', which open_clip downloads, or a file")
     y: str = option("clip", "what of the embedding is used: all of it (clip), its first D principal "
                     "components (pca:D), which of K clusters it is in (kmeans:K), nothing (none)")
@@ -285,8 +283,8 @@ def check(config):
          f"--tag {config.tag}: give letters, digits, dots and underscores alone"),
         (config.vae and config.augment,
          "--vae has latents of images as they are: --augment 0"),
-        (stage == "embedder" and not shapes,
-         "only the embedder of shapes is trained: leave --stage embedder out"),
+        (not shapes and (stage == "embedder" or config.embedder == "shapes"),
+         "only shapes has an embedder of its own: leave --stage embedder and --embedder shapes out"),
         (config.init_from and stage in ("embedder", "prior"),
          "--init-from is for --stage image, baseline or joint: others have no U-Net"),
         (stage == "prior" and not has_prior(y),
@@ -296,7 +294,7 @@ def check(config):
          "image model learns of them through y"),
         (config.a == "class" and y.startswith("kmeans"),
          "--y kmeans draws clusters regardless of a: --a none"),
-        (config.y_dropout and told_nothing(y),
+        (config.y_dropout and y == "none",
          f"--y {y} leaves --y-dropout nothing to drop: leave one of them out"),
         (stage == "joint" and (y != "clip" or config.y_dropout or config.embedder == "pixels" or config.vae),
          "--stage joint trains an embedder of images with the rest: leave --y, --y-dropout, --vae and "
@@ -371,9 +369,9 @@ def build(config, dim, classes, shape):
             part = dataclasses.replace(config, stage=stage)
             model[stage], parts[stage] = build(part, embedder.dim, classes, shape)
         return model, nn.ModuleDict(dict(parts, embedder=embedder))
-    a_dim = dim if config.a == "text" else classes
+    a_dim = SmallClip.dim if config.a == "text" else classes
     y_dim = int(config.y.split(":")[1]) if ":" in config.y else dim
-    if config.stage == "baseline" or told_nothing(config.y):
+    if config.stage == "baseline" or config.y == "none":
         y_dim = 0
     if config.stage == "prior":
         net, predict, names = "prior", config.prior_predicts, PRIOR
@@ -493,6 +491,11 @@ class Stage:
         )
 
 
+# Of the small CLIP's 64 numbers y keeps so many principal components, which hold almost all that there is to
+# read: a short training of prior and image model learns few better than many.
+COMPONENTS = 16
+
+
 class Embedding(Stage):
     """The embedder's stage: the symmetric contrastive loss of images and captions (shapes only)."""
 
@@ -503,15 +506,14 @@ class Embedding(Stage):
     @torch.no_grad()
     def finish(self):
         """Finds the components to keep, scaled to rms 0.5; -> how well a linear probe reads them."""
-        module, size, seed, parts = self.ema.net, len(self.images), self.config.seed, []
+        module, size, seed = self.ema.net, len(self.images), self.config.seed
         index = torch.arange(size + 2000)             # the last of which are not among the training images
-        for rows in index.split(500):
-            images = twosdm.shapes_world(rows, self.config.resolution, seed)
-            parts.append(module(images.batch(slice(None), self.device)).cpu())
-        y, truth = torch.cat(parts), twosdm.shapes_attributes(index, seed)               # (N + 2000, D)
-        pca = twosdm.PCA.fit(y[:size], module.kept).of_rms(y[:size])
+        images = twosdm.shapes_world(index, self.images.resolution, seed)
+        truth = twosdm.shapes_attributes(index, seed)
+        y = torch.cat([module(images.batch(rows, self.device)).cpu() for rows in index.split(500)])
+        pca = twosdm.PCA.fit(y[:size], COMPONENTS).of_rms(y[:size])
         y, accuracy = F.pad(pca.transform(y), (0, 1), value=1), {}                       # (N + 2000, 17)
-        self.packed = twosdm.pack_embedder(copy.deepcopy(module).keep(pca.to(self.device)))
+        self.packed = twosdm.pack_embedder(Reduced(module, pca))
         for name, kinds in twosdm.ATTRIBUTES.items():  # least squares from [y, 1] to the one-hot attribute
             wanted = F.one_hot(truth[name], kinds).float()
             probe = torch.linalg.lstsq(y[:size], wanted[:size]).solution
@@ -798,17 +800,14 @@ def same_settings(checkpoint, config, path):
 
 def find_embedder(config, images, device):
     """e_i, frozen, as the image model knows it: whole, or reduced by PCA or K-means. None without y."""
-    if config.stage not in ("prior", "image") or told_nothing(config.y):
+    if config.stage not in ("prior", "image") or config.y == "none":
         return None
     folder = run_folder(config).parent
     if config.embedder == "clip":
         embedder = ClipEmbedder(config.clip_weights)
     elif config.embedder == "pixels":
-        pca = fitted(folder, f"pixels-{images.fingerprint}", lambda: twosdm.fit_pixels(images))
-        embedder = Reduced(Pixels(config.resolution), pca)
+        embedder = Pixels()
     else:
-        if config.dataset != "shapes":
-            raise UserError("--embedder shapes knows only the embedded world: choose clip or pixels")
         embedder = twosdm.trained_clip(folder / "embedder/checkpoint.pt")
     embedder.to(device)
     if config.y == "clip":
@@ -817,16 +816,11 @@ def find_embedder(config, images, device):
     def fit():
         bank = embedding_bank(images, embedder, folder, device=device)
         rows = send(bank[0, :, :-LABEL_DIM], "cpu")
-        return twosdm.fit_reduction(config.y, rows, config.seed)
+        return twosdm.fit_reduction(config.y, rows, config.seed).state_dict()
 
     name = f"{config.y.replace(':', '')}-{twosdm.fingerprint(embedder)}-{images.fingerprint}-{config.seed}"
-    return Reduced(embedder, fitted(folder, name, fit)).to(device)
-
-
-def fitted(folder, name, fit):
-    """The reduction that fit() gives, fitted once, by one process, and kept in a file."""
-    tensors = twosdm.cached(folder / f"reductions/{name}.pt", lambda: fit().state_dict())
-    return twosdm.restore_reduction(tensors)
+    tensors = twosdm.cached(folder / f"reductions/{name}.pt", fit)
+    return Reduced(embedder, twosdm.restore_reduction(tensors)).to(device)
 
 
 # ============================================================================================================
@@ -898,8 +892,7 @@ def describe(config, changes):
     if config.a == "class":
         classes = CLASSES.get(config.dataset) or len(twosdm.ImageFiles(config.data or "--data").classes)
     with torch.device("meta"):                        # shapes without contents: instant at any size
-        dims = dict(clip=ClipEmbedder.dim, pixels=min(64, Pixels(side).dim),
-                    shapes=SmallClip.kept)
+        dims = dict(clip=ClipEmbedder.dim, pixels=Pixels.dim, shapes=COMPONENTS)
         shape = (4, side // 8, side // 8) if config.vae else (3, side, side)
         _, module = build(config, dims[config.embedder], classes, shape)
     values["parameters"] = sum(p.numel() for p in module.parameters() if p.requires_grad)

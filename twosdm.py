@@ -620,10 +620,9 @@ def convolution(cin, cout, stride=1):
 class SmallClip(nn.Module):
     """The embedded world's CLIP: convolutional image tower, word-by-word text tower, contrastive training.
 
-    forward: (B, 3, H, W) in [-1, 1] -> (B, dim), raw. Of those it is trained with it keeps 16, which hold
-    almost all that there is to read: a short training of prior and image model learns 16 better than 64.
+    forward: (B, 3, H, W) in [-1, 1] -> (B, dim), raw.
     """
-    name, kept = "shapes", 16
+    name, dim = "shapes", 64
 
     def __init__(self, dim=64, width=32):
         super().__init__()
@@ -654,16 +653,6 @@ class SmallClip(nn.Module):
             x = F.interpolate(x, (32, 32), mode="area")
         return self.image(x)
 
-    @torch.no_grad()
-    def keep(self, pca):
-        """From now on y is the components that a `PCA` takes of it: the last layers of both towers change."""
-        for tower, mean in (self.image, pca.mean), (self.text, 0):
-            last, tower[-1] = tower[-1], nn.Linear(tower[-1].in_features, pca.dim, device=pca.mean.device)
-            tower[-1].weight.copy_(pca.basis.T @ last.weight)
-            tower[-1].bias.copy_((last.bias - mean) @ pca.basis)
-        self.dim = pca.dim
-        return self
-
     def encode_text(self, texts):
         """Captions of at most seven of the world's words -> (B, dim), raw. Raises UserError."""
         rows = []
@@ -693,19 +682,14 @@ class SmallClip(nn.Module):
 
 
 class Pixels(nn.Module):
-    """An embedder for any data, without weights: the pixels themselves, at most 32×32 of them.
+    """An embedder for any data, without weights: the image, shrunk to 4×4 pixels.
 
-    It knows layout and color, nothing of meaning. `fit_pixels` finds the principal components to keep.
+    forward: (B, 3, H, W) in [-1, 1] -> (B, 48). It knows layout and color, nothing of meaning.
     """
-    name = "pixels"
-
-    def __init__(self, resolution):
-        super().__init__()
-        self.side = min(resolution, 32)
-        self.dim = 3 * self.side**2
+    name, dim = "pixels", 48
 
     def forward(self, x):
-        return F.interpolate(x, (self.side, self.side), mode="area").flatten(1)
+        return F.interpolate(x, (4, 4), mode="area").flatten(1)
 
 
 class PCA(nn.Module):
@@ -784,6 +768,9 @@ class Reduced(nn.Module):
     def forward(self, x):
         return self.reduction.transform(self.inner(x))
 
+    def text_condition(self, texts):
+        return self.inner.text_condition(texts)
+
 
 def fit_reduction(y, rows, seed=0):
     """y: "pca:D" or "kmeans:K"; rows (N, D'): the training images' embeddings -> PCA or KMeans. UserError."""
@@ -791,15 +778,6 @@ def fit_reduction(y, rows, seed=0):
     if int(size) > (rows.shape[1] if kind == "pca" else len(rows)):
         raise UserError(f"--y {y}: there are only {rows.shape[1]} dimensions and {len(rows)} images")
     return PCA.fit(rows, int(size)) if kind == "pca" else KMeans.fit(rows, int(size), seed)
-
-
-def fit_pixels(images, dim=64, most=20_000):
-    """The first components of a data set's pixels, scaled as a whole to rms 0.5 (fit to `most` images)."""
-    pixels = Pixels(images.resolution)
-    rows = np.linspace(0, len(images) - 1, min(len(images), most)).astype(int)
-    parts = np.array_split(rows, len(rows) // 500 + 1)
-    seen = torch.cat([pixels(images.batch(part)) for part in parts])
-    return PCA.fit(seen, min(dim, pixels.dim)).of_rms(seen)
 
 
 def restore_reduction(tensors):
@@ -838,7 +816,7 @@ def frozen(module, state):
 
 
 def trained_clip(path):
-    """The small CLIP of the embedder's checkpoint, averaged, with the components that it keeps. UserError."""
+    """What the embedder's stage trained: its averaged `SmallClip`, reduced to few components. UserError."""
     packed = load_checkpoint(path, "embedder")["embedder"]
     if packed is None:
         raise UserError(f"{path} is not trained to its end: python train.py --stage embedder")
@@ -856,7 +834,7 @@ def unpack_embedder(packed, clip_weights="openai"):
             raise UserError("CLIP's weights are not those of this run: give its own with --clip-weights FILE")
         return embedder
     if packed["name"] == "pixels":
-        return Pixels(math.isqrt(packed["dim"] // 3))
+        return Pixels()
     return frozen(SmallClip(packed["dim"]), packed["state"])
 
 
@@ -1763,18 +1741,13 @@ def load_denoiser(checkpoint, device="cpu"):
 
 def check_y(y):
     """Raises UserError if --y is not one of the reductions."""
-    if not re.fullmatch(r"clip|none|pca:(0|[1-9]\d*)|kmeans:[1-9]\d*", y):
+    if not re.fullmatch(r"clip|none|(pca|kmeans):[1-9]\d*", y):
         raise UserError(f"--y {y} is unknown: choose clip, pca:D, kmeans:K (such as pca:32) or none")
-
-
-def told_nothing(y):
-    """Whether y is a constant, with which the image model is the baseline."""
-    return y in ("none", "pca:0", "kmeans:1")
 
 
 def has_prior(y):
     """Whether stage 1 is a diffusion model; clusters are drawn by their frequency."""
-    return not (told_nothing(y) or y.startswith("kmeans"))
+    return not y.startswith(("none", "kmeans"))
 
 
 def run_name(stage, y="clip", a="none", tag=""):

@@ -329,7 +329,7 @@ def test_after_one_step_y_and_the_augmentation_matter(tmp_path, finetune, arch):
 
 
 @pytest.mark.parametrize("file, flags, words", [
-    ({}, "--resolution 24", "--resolution 24 ... 16"), ({}, "--arch adm --width 64", "--arch adm ... ddpm++"),
+    ({}, "--resolution 32", "--resolution 32 ... 16"), ({}, "--arch adm --width 64", "--arch adm ... ddpm++"),
     ({}, "--width 64", "--width 64 ... 32"), ({}, "--mults 1,2,2", "--mults ... (1, 2)"),
     ({}, "--blocks 2", "--blocks 2 ... 1"),
     ({}, "--attention 16,8", "--attention ... (8,)"), ({}, "--a none", "5 classes ... none"),

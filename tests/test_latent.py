@@ -170,7 +170,7 @@ def test_latents_train_and_sample_from_files_to_pictures(source, weights, tmp_pa
         assert code == 0, err
     folder = tmp_path / "runs/imagenet-latent"
     settings = twosdm.load_checkpoint(folder / "image/checkpoint.pt")["model"]["settings"]
-    assert (settings["channels"], settings["resolution"], settings["cond_dim"]) == (4, SIZE // 2, 64 + 2)
+    assert (settings["channels"], settings["resolution"], settings["cond_dim"]) == (4, SIZE // 2, 48 + 2)
     assert picture(folder / "image/samples-000000016.png").shape[1] >= 512
     for method in ("2sdm", "oracle", "baseline"):
         code, out, err = call(sample, "--method", method, "--n", 3, "--out", method, cwd=tmp_path)

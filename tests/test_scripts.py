@@ -286,14 +286,13 @@ def test_the_python_lines_of_the_readme_draw_a_picture(trained, tmp_path, monkey
 --y pca:9999 --stage image -> --y pca:9999
 --y pca:-1 -> --y
 --y pca: -> --y
---y pca:00 -> --y
+--y pca:0 -> --y
 --y kmeans:0 -> --y kmeans:0
 --y kmeans:65 --stage image -> 64 images
 --y kmeans:2.5 -> --y
 --y banana -> pca:D
 --y kmeans:4 --stage prior -> prior
 --y none --stage prior -> prior
---y pca:0 --stage prior -> prior
 --y kmeans:4 --a class -> --a none
 --a text -> --stage prior
 --a text --stage image -> --a text

@@ -405,9 +405,9 @@ def test_checkpoints_refuse_what_they_are_not(tmp_path):
             twosdm.load_checkpoint(path, **expected)
 
     refuses("does not exist")
-    twosdm.save_checkpoint(path, stage="reduction", value=torch.ones(3))
+    twosdm.save_checkpoint(path, value=torch.ones(3))
     assert torch.equal(twosdm.load_checkpoint(path)["value"], torch.ones(3))
-    refuses("'reduction', not 'image'", stage="image")
+    refuses("'None', not 'image'", stage="image")
     path.write_bytes(path.read_bytes()[:100])
     refuses("damaged")
     torch.save({"foreign": 1}, path)
