@@ -21,9 +21,8 @@ Every set of images, whether files, an array or the samples of a method, is a `I
 are cached in runs/<dataset>/features, so that metrics are recomputed in seconds. evaluate.py runs in one
 process: for many samples from several GPUs, evaluate what `torchrun -- sample.py --npz` has written.
 """
-import contextlib
+import codecs
 import csv
-import dataclasses
 import functools
 import hashlib
 import io
@@ -31,7 +30,8 @@ import json
 import math
 import sys
 import zipfile
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -258,7 +258,7 @@ LPIPS_NETS = {             # the ReLUs that are compared, the files of linear la
 }
 
 
-@contextlib.contextmanager
+@contextmanager
 def _exactly():
     """Plain float32 without gradients: TF32 or autocast would change the third digit of a feature."""
     switches = torch.backends.cudnn, torch.backends.cuda.matmul
@@ -274,7 +274,7 @@ def _exactly():
             switch.allow_tf32 = allowed
 
 
-@contextlib.contextmanager
+@contextmanager
 def _public(path, url, name=None):
     """Opens a public file of weights -> (its tensors by name, the first 8 digits of its sha256).
 
@@ -425,7 +425,7 @@ class WorldFeatures(twosdm.SmallClip):
 
     def features(self, images):
         x = to_float(to_uint8(images.to(self.embed.weight.device)))
-        last = self.image[:-4](F.interpolate(x, (32, 32), mode="area") if x.shape[-1] > 32 else x)
+        last = self.image[:-4](twosdm.at_most_32(x))
         pool = self.image[-4:-1](last)                                                    # (N, 64)
         joint = torch.zeros_like(pool[:, :1])
         for logits in self.image[-1](pool).split(self.values, 1):
@@ -438,9 +438,8 @@ class WorldFeatures(twosdm.SmallClip):
     @classmethod
     def trained(cls, folder, resolution, device="cpu", steps=300, batch=128):
         """The classifier for a resolution from its cache in `folder`; if absent, it is trained: a minute."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)                              # always the same
-            net = cls().to(device)
+        torch.manual_seed(0)                                  # always the same
+        net = cls().to(device)
 
         def make():
             optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
@@ -466,16 +465,12 @@ class WorldFeatures(twosdm.SmallClip):
 # ============================================================================================================
 
 
-def key_of(*content):
-    """12 hexadecimal digits that identify numbers, strings, lists and dicts."""
-    return twosdm.hash_of(json.dumps(content, sort_keys=True).encode())
-
-
 def samples(pipeline, seed, n):
     """The images that a method draws from the seeds seed, ..., seed + n - 1, when they are looked at."""
     shape = pipeline.resolution, pipeline.resolution, 3
     pixels = Rows(lambda rows: pipeline((seed + rows).tolist()), n, shape)
-    return Images(pipeline.method, pixels, key_of(pipeline.describe(), seed, n))
+    settings = json.dumps((pipeline.describe(), seed, n), sort_keys=True)
+    return Images(pipeline.method, pixels, twosdm.hash_of(settings.encode()))
 
 
 def npz_images(path):
@@ -499,7 +494,7 @@ def npz_images(path):
                 content += file.read(size)
             return np.frombuffer(content, np.uint8).reshape(-1, *shape[1:])
 
-    fingerprint = key_of(archive.getinfo("arr_0.npy").CRC, shape)
+    fingerprint = "{:08x}-{}-{}".format(archive.getinfo("arr_0.npy").CRC, *shape)
     return Images(str(path), Rows(read, shape[0], shape[1:]), fingerprint)
 
 
@@ -513,7 +508,7 @@ def file_images(path, task):
     rows = [i for i, name in enumerate(files.names) if not (drawn and name.startswith("grid"))]
     if resolution is None:
         for i in rows:
-            with contextlib.suppress(Exception):              # a bad file is named when it is read
+            with suppress(Exception):              # a bad file is named when it is read
                 sides.update(Image.open(io.BytesIO(twosdm.content(files.files[i]))).size)
         if len(sides) != 1:
             raise UserError(f"{path} holds images of several sizes, or not square: say with --resolution "
@@ -574,13 +569,12 @@ def features(images, network, task, most):
             spatial_stats.update(out["spatial"])
             pool.append(out["pool"][chosen[block]])
             logits.append(out["logits"][chosen[block]])
-        mu, sigma = map(torch.from_numpy, pool_stats.result())
-        mu_s, sigma_s = map(torch.from_numpy, spatial_stats.result())
+        moments = *pool_stats.result(), *spatial_stats.result()
+        mu, sigma, mu_s, sigma_s = map(torch.from_numpy, moments)
         return dict(n=len(images), mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, pool=torch.cat(pool),
                     logits=torch.cat(logits))
 
-    key = key_of(images.fingerprint, network.sha256, most)
-    return cached(task.folder / f"features/{key}.pt", make)
+    return cached(task.folder / f"features/{images.fingerprint}-{network.sha256}-{most}.pt", make)
 
 
 def score(real, fake, metrics):
@@ -841,11 +835,9 @@ def save_curves(path, rows, x, y, **axes):
     It goes through (row[x], row[y] ± row["std"]).
     """
     with written(f"{path}.csv") as file:
-        text = io.TextIOWrapper(file, newline="")
-        writer = csv.DictWriter(text, rows[0])
+        writer = csv.DictWriter(codecs.getwriter("utf8")(file), rows[0])
         writer.writeheader()
         writer.writerows(rows)
-        text.detach()                                         # which writes what is left
     say(f"-> {path}.csv")
     try:
         from matplotlib.figure import Figure                  # optional: only figures need it
@@ -874,7 +866,7 @@ def read_results(paths):
         with reading(path, "it should be a results.jsonl"):
             lines = Path(path).read_text(errors="replace").splitlines()
         for line in lines:
-            with contextlib.suppress(Exception):              # what is no evaluation is passed over
+            with suppress(Exception):              # what is no evaluation is passed over
                 row = json.loads(line)
                 row = (row.get("timing") or {}) | row | row["protocol"]
                 row = {name: value for name, value in row.items() if value is not None}
@@ -1023,7 +1015,7 @@ def parse():
     if args.images and args.n and not args.nearest:
         raise UserError("--images evaluates all of them: leave out --n")
     if args.images and not args.dataset:
-        with contextlib.suppress(Exception):                  # a folder of sample.py says whose it is
+        with suppress(Exception):                  # a folder of sample.py says whose it is
             drawn = json.loads(Path(args.images, "settings.json").read_bytes())["dataset"]
             args.dataset = drawn if drawn in train.PRESETS else None
     args.of_runs = not args.images and (args.method or not args.save_reference)
@@ -1042,15 +1034,17 @@ class Task:
     def __init__(self, args):
         self.args, self.device = args, twosdm.pick_device(args.device)
         self.pipelines, self.config, self.dataset, self.resolution = [], None, None, args.resolution
+        self.trained_on = None, None
         if args.of_runs or not (args.images or args.reference):
             sample.same_dataset(args)
         if args.of_runs:
             self.pipelines = find_pipelines(args, self.device)
-            # A published network does not say where its training images are.
+            # A published network does not say what its training images are.
             base = max(self.pipelines, key=lambda p: p.fingerprints["images"] is not None)
-            self.config = dataclasses.replace(base.config, dataset=args.dataset or base.dataset)
+            self.trained_on = base.fingerprints["images"], base.autoencoder
+            self.config = replace(base.config, dataset=args.dataset or base.dataset)
         elif args.dataset:
-            self.config = train.configure(args.dataset, "image")
+            self.config = train.configure(args.dataset, "image", skip_bad=args.skip_bad)
             path = sample.newest(args, "image*", "baseline*", "joint*")       # its newest run
             if path:
                 self.config = sample.load(path)["config"]
@@ -1084,13 +1078,7 @@ class Task:
         if not config:
             raise UserError("--images are compared with what? Add --reference PATH, or --dataset to take its "
                             "training images")
-        config.runs, config.data = args.runs, args.data or config.data
-        config.skip_bad = args.skip_bad or config.skip_bad
-        images = twosdm.load_images(config, self.pipelines[0].autoencoder if self.pipelines else None)
-        if not {p.fingerprints["images"] for p in self.pipelines} <= {None, images.fingerprint}:
-            raise UserError("the training images are not those of the runs: give theirs with --data, or "
-                            "--dataset")
-        return self.of_one_size(images)
+        return self.of_one_size(sample.training_images(args, config, *self.trained_on))
 
     def candidates(self):
         """Yields (description, Images, Pipeline or None); nothing is drawn before it is looked at."""
@@ -1154,7 +1142,7 @@ def history(pipeline, args, device):
     if folder / f"snapshot-{pipeline.seen:010d}.pt" not in paths:             # the run was stopped later
         paths.append(pipeline.file)
     for path in paths:
-        yield sample.Pipeline(dataclasses.replace(args, checkpoint=[path]), pipeline.method, device)
+        yield sample.Pipeline(replace(args, checkpoint=[path]), pipeline.method, device)
 
 
 def main():

@@ -12,7 +12,6 @@ Image i depends on seed + i alone, but for rounding: not on the batch or the num
 (torchrun -- sample.py ...). The same command again continues where it stopped. Standard output is the path of
 the grid; all else goes to standard error.
 """
-import dataclasses
 import functools
 import itertools
 import json
@@ -21,7 +20,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -54,7 +53,7 @@ class Pipeline:
     """
 
     def __init__(self, args, method, device, own_images=False):
-        self.args = args = dataclasses.replace(args)  # its own, to be completed
+        self.args = args = replace(args)  # its own, to be completed
         self.method, self.device = method, device
         self.batches = []                             # of each: seconds of stage 1, of stage 2, images
         self.precision = twosdm.set_precision(args.precision, device, auto="tf32")
@@ -76,7 +75,7 @@ class Pipeline:
         args.image_steps = args.image_steps or args.steps
         args.churn = self.config.churn if args.churn is None else args.churn
         self.sampler = twosdm.Sampler(args.steps, args.churn, s_noise=args.s_noise)
-        self.image_sampler = dataclasses.replace(
+        self.image_sampler = replace(
             self.sampler, steps=args.image_steps, guidance=args.guidance)
         self.caption, self.autoencoder, self.images = None, None, None
         if args.prompt:                               # a word that it does not know is said here
@@ -84,7 +83,7 @@ class Pipeline:
         if self.config.vae:
             self.autoencoder = twosdm.Autoencoder(args.vae or self.config.vae).to(device)
         if method == "oracle" and not own_images:
-            self.images = self.training_images()
+            self.images = training_images(args, self.config, self.fingerprints["images"], self.autoencoder)
 
     def check(self):
         """Raises UserError for networks that do not fit each other, and for flags that they cannot follow."""
@@ -125,14 +124,6 @@ class Pipeline:
             return None
         weights = self.args.clip_weights or self.config.clip_weights
         return twosdm.unpack_embedder(self.run["embedder"], weights).to(self.device)
-
-    def training_images(self):
-        args, data = self.args, self.args.data or self.config.data
-        config = dataclasses.replace(self.config, runs=args.runs, data=data)
-        images = twosdm.load_images(config, self.autoencoder)
-        if images.fingerprint != self.fingerprints["images"]:
-            raise UserError("the training images are not those of this run: give its own with --data")
-        return images
 
     @torch.no_grad()
     def conditions(self, seeds, noise=None):
@@ -219,6 +210,15 @@ class Pipeline:
                 device = torch.cuda.get_device_name(self.device)
             return dict(ms_per_image=1000 * (prior + image) / images, prior_share=prior / (prior + image),
                         images=int(images), batch=self.args.batch, device=device)
+
+
+def training_images(args, config, fingerprint=None, autoencoder=None):
+    """The images that a run was trained on, or those of a preset. Raises UserError for others than expected."""
+    config = replace(config, runs=args.runs, data=args.data or config.data)
+    images = twosdm.load_images(config, autoencoder)
+    if fingerprint not in (None, images.fingerprint):
+        raise UserError("the training images are not those of the run: give its own with --data")
+    return images
 
 
 def pick(stream, seeds, counts):
@@ -352,9 +352,8 @@ def load(path, stage=None):
     """A checkpoint by train.py, with its file's name; EDM's .pkl files are baselines."""
     edm = str(path).endswith(".pkl")
     checkpoint = twosdm.edm_checkpoint(path) if edm else twosdm.load_checkpoint(path, stage)
-    if "config" not in checkpoint:
-        raise UserError(f"{path} is not the checkpoint of a network: give another file")
-    config = train.restore_config(checkpoint["config"])
+    with reading(path, "give the checkpoint of a network that this version trained"):
+        config = train.TrainConfig(**checkpoint["config"])
     return dict(checkpoint, file=path, config=config, net=None, optimizer=None)         # gigabytes of no use
 
 

@@ -8,7 +8,6 @@ Started again it goes on where it stopped.
 """
 import argparse
 import contextlib
-import dataclasses
 import functools
 import inspect
 import json
@@ -18,7 +17,7 @@ import re
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -224,21 +223,13 @@ def configure(dataset="shapes", stage="image", **changes):
     return TrainConfig(**settle(dataset, stage, changes)[0])
 
 
-def restore_config(saved):
-    """A checkpoint's settings -> TrainConfig. Raises UserError for settings of another version."""
-    try:
-        return TrainConfig(**saved)
-    except TypeError:
-        raise UserError("the checkpoint has settings that this version does not know: train again") from None
-
-
 def flag(name):
     return "--" + name.strip("_").replace("_", "-")
 
 
 def check_options(settings):
     """Raises UserError for settings, of any dataclass of options, of a wrong type or out of range."""
-    for setting in dataclasses.fields(settings):
+    for setting in fields(settings):
         name, known, value = setting.name, setting.metadata, getattr(settings, setting.name)
         if value is None and setting.default is None:
             continue
@@ -305,8 +296,8 @@ def check(config):
 
 
 def whole_number(text):
-    """'25M' -> 25000000: a whole number with an optional suffix k, M or G."""
-    number = float(text.lower().replace("k", "e3").replace("m", "e6").replace("g", "e9"))
+    """'25M' -> 25000000: a whole number with an optional suffix k or M."""
+    number = float(text.lower().replace("k", "e3").replace("m", "e6"))
     if not number.is_integer():
         raise ValueError(text)
     return int(number)
@@ -325,7 +316,7 @@ def new_parser(description, settings, epilog=None):
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, epilog=epilog)
     types = {int: whole_number, tuple: whole_numbers, list: str}
-    for setting in dataclasses.fields(settings):
+    for setting in fields(settings):
         default, known = getattr(settings, setting.name), setting.metadata
         if known["group"]:
             group = parser.add_argument_group(known["group"])
@@ -366,7 +357,7 @@ def build(config, dim, classes, shape):
         tower.requires_grad_(True)
         model, parts = dict(net="joint"), {}
         for stage in ("prior", "image"):
-            part = dataclasses.replace(config, stage=stage)
+            part = replace(config, stage=stage)
             model[stage], parts[stage] = build(part, embedder.dim, classes, shape)
         return model, nn.ModuleDict(dict(parts, embedder=embedder))
     a_dim = SmallClip.dim if config.a == "text" else classes
@@ -477,7 +468,7 @@ class Stage:
         twosdm.save_checkpoint(
             self.folder / name,
             stage=config.stage,
-            config=dataclasses.asdict(config),
+            config=asdict(config),
             model=self.model,
             embedder=self.packed,
             fingerprints=self.fingerprints,
@@ -884,7 +875,7 @@ FIXED = "sigma_data p_mean p_std sigma_min sigma_max rho s_noise".split()     # 
 def describe(config, changes):
     """What --dry-run prints of a stage: each setting with its source, the number of parameters."""
     side, classes, (_, sources) = config.resolution, 0, settle(config.dataset, config.stage, changes)
-    values = dataclasses.asdict(config)
+    values = asdict(config)
     for function in (Denoiser, twosdm.sigma_schedule, Sampler):
         parameters = inspect.signature(function).parameters
         values |= {name: parameters[name].default for name in FIXED if name in parameters}

@@ -21,7 +21,6 @@ Reading order: 1 denoiser, 2 sampling, 3 two stages, 4 prior transformer, 5 U-Ne
 the method. What it stands on: 7 augmentation, 8 the embedded world, 9 sets of images, 10 latents, 11 runs,
 12 EDM's files. The settings of each experiment are at the top of train.py.
 """
-import contextlib
 import copy
 import datetime
 import functools
@@ -41,6 +40,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from scipy.cluster.vq import kmeans2, vq
+from torch.nn import init
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
@@ -114,7 +115,7 @@ class EMA:
     """Moving average of a network's weights, from which all samples come (EDM, Appendix F).
 
     beta = 0.5^(batch / max(min(half_life, ramp · images seen), 1e-8)): the half-life grows with the run, so
-    that early weights are forgotten early.
+    that early weights are forgotten early. (No network here has buffers that change.)
     """
 
     def __init__(self, net, half_life, ramp=0.05):
@@ -126,8 +127,6 @@ class EMA:
         """After the optimizer step that brought the images seen from `seen` to seen + batch."""
         beta = 0.5 ** (batch / max(min(self.half_life, self.ramp * seen), 1e-8))
         torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - beta)
-        for mine, theirs in zip(self.net.buffers(), net.buffers()):
-            mine.copy_(theirs)
 
 
 # ============================================================================================================
@@ -349,17 +348,17 @@ class PriorTransformer(nn.Module):
         # GPT-2's rule: small normal weights, no bias.
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.query, std=0.02)
-        nn.init.normal_(self.position, std=0.02)
+                init.normal_(layer.weight, std=0.02)
+                init.zeros_(layer.bias)
+        init.normal_(self.query, std=0.02)
+        init.normal_(self.position, std=0.02)
         # The sum of 2·depth branches keeps the variance of one.
         for block in self.blocks:
             for layer in (block.proj, block.mlp[2]):
-                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
+                init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
         # Inputs keep their scale.
         for layer in filter(None, (self.map_y, self.map_augment, self.map_cond)):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            init.normal_(layer.weight, std=layer.in_features**-0.5)
 
     def forward(self, y, c_noise, cond=None, augment=None):
         assert (cond is not None) == bool(self.cond_dim), f"the prior was built for cond_dim {self.cond_dim}"
@@ -514,9 +513,9 @@ class UNet(nn.Module):
         if not self.adm:
             for layer in self.modules():
                 if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                    nn.init.xavier_uniform_(layer.weight)
+                    init.xavier_uniform_(layer.weight)
                     if layer.bias is not None:
-                        nn.init.zeros_(layer.bias)
+                        init.zeros_(layer.bias)
         # The last layer of the net and of each branch starts (almost) silent.
         silent = 0.0 if self.adm else 1e-5
         scale_weights(self.out_conv, silent)
@@ -529,9 +528,9 @@ class UNet(nn.Module):
                         scale_weights(block.qkv, math.sqrt(0.2))
         # ADM: no augmentation at first, and a condition of Kaiming-normal weights times √cond_dim.
         if self.adm and self.augment_dim:
-            nn.init.zeros_(self.map_augment.weight)
+            init.zeros_(self.map_augment.weight)
         if self.adm and self.cond_dim:
-            nn.init.normal_(self.map_cond.weight)
+            init.normal_(self.map_cond.weight)
 
     def embedding(self, c_noise, cond, augment):
         """(B,), (B, K), (B, 9) -> (B, 4·width)."""
@@ -564,7 +563,7 @@ class UNet(nn.Module):
 def scale_weights(layer, factor):
     """Multiplies a layer's initial weights; no bias."""
     layer.weight.mul_(factor)
-    nn.init.zeros_(layer.bias)
+    init.zeros_(layer.bias)
 
 
 # ============================================================================================================
@@ -590,8 +589,6 @@ class ClipEmbedder(nn.Module):
         remedy = (f"connect once so that open_clip can download them, or fetch {file} elsewhere and give "
                   f"--clip-weights FILE; --embedder pixels needs none")
         with loading(f"CLIP's weights '{weights}'", remedy):
-            if weights not in ("openai", None) and not Path(weights).is_file():
-                raise FileNotFoundError
             # Plain ViT-B-32 lacks the activation of these weights.
             self.model = open_clip.create_model(
                 "ViT-B-32-quickgelu", pretrained=weights, require_pretrained=weights is not None)
@@ -615,6 +612,11 @@ class ClipEmbedder(nn.Module):
 def convolution(cin, cout, stride=1):
     """3×3 convolution, norm, nonlinearity: (B, cin, H, W) -> (B, cout, H / stride, W / stride)."""
     return nn.Conv2d(cin, cout, 3, stride, padding=1), nn.GroupNorm(8, cout), nn.SiLU()
+
+
+def at_most_32(x):
+    """(B, C, H, W) -> (B, C, min(H, 32), min(W, 32)): the world needs no more pixels to be read."""
+    return F.adaptive_avg_pool2d(x, min(x.shape[-1], 32))
 
 
 class SmallClip(nn.Module):
@@ -649,9 +651,7 @@ class SmallClip(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, x):
-        if x.shape[-1] > 32:                          # the world needs no more to be read
-            x = F.interpolate(x, (32, 32), mode="area")
-        return self.image(x)
+        return self.image(at_most_32(x))
 
     def encode_text(self, texts):
         """Captions of at most seven of the world's words -> (B, dim), raw. Raises UserError."""
@@ -1259,8 +1259,7 @@ class ImageFiles:
                 faults[row] = str(error).split(" <")[0][:100]             # no addresses of objects
                 return np.zeros((resolution, resolution, 3), np.uint8)
 
-        with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            warnings.simplefilter("ignore")           # Pillow on odd EXIF, palettes and large sizes
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             pixels = np.stack(list(pool.map(load_one, rows)))             # decoding needs no interpreter
         return pixels, faults
 
@@ -1340,7 +1339,8 @@ def prepare_images(source, resolution, cache, skip_bad=False, autoencoder=None):
     kept = np.uint8, square
     if autoencoder is not None:
         name = f"latents-{resolution}-{fingerprint(autoencoder)}"
-        kept = np.float32, autoencoder.moments_shape(resolution)
+        black = torch.zeros(1, 3, resolution, resolution, device=autoencoder.mean.device)
+        kept = np.float32, tuple(autoencoder.encode(black)[0].shape)
     row = np.dtype([("good", np.bool_), ("kept", *kept)])
 
     def make(start, stop):
@@ -1394,7 +1394,7 @@ def cifar10(folder):
     import torchvision
     url = torchvision.datasets.CIFAR10.url
     remedy = f"fetch {url} elsewhere, put it into a folder and give --data FOLDER"
-    with locked(Path(folder) / "lock"), contextlib.redirect_stdout(sys.stderr), loading("CIFAR-10", remedy):
+    with locked(Path(folder) / "lock"), redirect_stdout(sys.stderr), loading("CIFAR-10", remedy):
         data = torchvision.datasets.CIFAR10(folder, train=True, download=True)
     pixels = np.ascontiguousarray(data.data)
     labels = np.array(data.targets, np.int64)
@@ -1434,9 +1434,9 @@ LATENT_MEAN, LATENT_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
 class Autoencoder(nn.Module):
     """Stable Diffusion's VAE by diffusers, frozen: images (B, 3, R, R) to latents (B, C, R/f, R/f) and back.
 
-    `weights`: a name on Hugging Face, which diffusers downloads once, or a folder. `.channels` C = 4,
-    `.factor` f = 8. Both directions work in float32, on `chunk` images at a time to bound the memory. Raises
-    UserError if diffusers or the weights are missing, or C is not 4.
+    `weights`: a name on Hugging Face, which diffusers downloads once, or a folder. Theirs have C = 4, f = 8.
+    Both directions work in float32, on `chunk` images at a time to bound the memory. Raises UserError if
+    diffusers or the weights are missing, or C is not 4.
     """
 
     def __init__(self, weights="stabilityai/sd-vae-ft-mse"):
@@ -1451,17 +1451,9 @@ class Autoencoder(nn.Module):
             # Missing weights diffusers would leave random; other channels are of unknown scale.
             if report["missing_keys"] or self.channels != len(LATENT_MEAN):
                 raise ValueError
-        self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
         self.model.float().eval().requires_grad_(False)
         for name, values in dict(mean=LATENT_MEAN, std=LATENT_STD).items():
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
-
-    def moments_shape(self, resolution):
-        """(2C, R/f, R/f). Raises UserError."""
-        if resolution % self.factor:
-            raise UserError(f"the autoencoder needs a --resolution divisible by {self.factor}")
-        side = resolution // self.factor
-        return 2 * self.channels, side, side
 
     def encode(self, x, chunk=8):
         """(B, 3, R, R) in [-1, 1] -> moments (B, 2C, R/f, R/f): means, then standard deviations, unscaled."""
@@ -1519,12 +1511,12 @@ def run(main):
         if rank():                                    # where all fail alike, torchrun stops the others first
             time.sleep(5)
         print(f"error: {message}", file=stderr)
-    if processes() > 1 and torch.distributed.is_initialized() and code == 0:
+    if torch.distributed.is_initialized() and code == 0:
         torch.distributed.destroy_process_group()
     sys.exit(code)
 
 
-@contextlib.contextmanager
+@contextmanager
 def reading(path, remedy):
     """Whatever goes wrong in reading and interpreting one file becomes a sentence that names it."""
     try:
@@ -1541,7 +1533,7 @@ def reading(path, remedy):
         raise UserError(fault + remedy) from None
 
 
-@contextlib.contextmanager
+@contextmanager
 def loading(what, remedy):
     """For public weights and data: whatever a hub, a network or a damaged file raises becomes a sentence."""
     logging.disable(logging.CRITICAL)                 # a hub's many lines on a lost connection
@@ -1556,7 +1548,7 @@ def loading(what, remedy):
         logging.disable(logging.NOTSET)
 
 
-@contextlib.contextmanager
+@contextmanager
 def writing(path):
     """What the system says of a failed write becomes a sentence that names the file."""
     try:
@@ -1570,7 +1562,7 @@ def writing(path):
                         f"place; what was there before is untouched") from None
 
 
-@contextlib.contextmanager
+@contextmanager
 def written(path):
     """Gives a binary file to write to, which then becomes `path`: whole or not at all, whatever happens."""
     path = Path(path)
@@ -1593,12 +1585,12 @@ def clear_unfinished(folder):
         file.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
+@contextmanager
 def locked(path, busy=""):
     """Holds a lock that ends with the process. Another's is waited for, or a UserError that says `busy`."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        with contextlib.suppress(ImportError):        # Windows has no fcntl
+        with suppress(ImportError):        # Windows has no fcntl
             import fcntl
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
@@ -1670,7 +1662,7 @@ def gather(value):
     return values
 
 
-FORMAT = "twosdm 2"
+FORMAT = "twosdm 3"
 STAGES = ("embedder", "prior", "image", "baseline")     # what --stage all trains
 TRAINED = dict(config=dict, model=dict, data=dict, fingerprints=dict, ema=dict, seen=int,
                embedder=(dict, type(None)))
@@ -1713,7 +1705,7 @@ def cached(path, make):
     Another process that wants the same waits for it.
     """
     with locked(path.with_suffix(".lock")):
-        with contextlib.suppress(UserError):
+        with suppress(UserError):
             return load_checkpoint(path)["content"]
         save_checkpoint(path, content=make())
         return load_checkpoint(path)["content"]

@@ -236,7 +236,7 @@ def test_embeddings_at_temperature_0_are_the_mean_alone(runs, rows):
     methods = [row["method"] for row in (others, gaussian, ours)]
     assert methods == ["training", "Gaussian", "2sdm"] and 0 < others["frechet"] and 0 < gaussian["frechet"]
     saved = twosdm.load_checkpoint(runs / "shapes/image/checkpoint.pt")
-    images = twosdm.load_images(train.restore_config(saved["config"]))
+    images = twosdm.load_images(train.TrainConfig(**saved["config"]))
     kept = np.random.default_rng(0).permutation(len(images))[12:]
     with torch.no_grad():
         y = twosdm.unpack_embedder(saved["embedder"])(images.batch(kept)).double()
