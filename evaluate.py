@@ -24,7 +24,6 @@ process: for many samples from several GPUs, evaluate what `torchrun -- sample.p
 import codecs
 import csv
 import functools
-import hashlib
 import io
 import json
 import math
@@ -84,9 +83,8 @@ class RunningStats:
 
 def check_gaussian(mu, sigma, source="a mean or a covariance"):
     """UserError unless mu (D,) and sigma (D, D) are finite and sigma is symmetric, as a covariance is."""
-    with np.errstate(invalid="ignore"):                       # inf - inf is NaN, which no comparison holds of
-        skew = np.abs(sigma - sigma.T).max()
-    if not (skew <= 1e-5 * np.abs(sigma).max() and np.isfinite(mu).all()):
+    finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
+    if not (finite and np.abs(sigma - sigma.T).max() <= 1e-5 * np.abs(sigma).max()):
         raise UserError(f"{source} has NaN or infinite values or is not symmetric: fetch or make it again")
 
 
@@ -290,7 +288,7 @@ def _public(path, url, name=None):
             torch.hub.load_state_dict_from_url(url, file_name=name, check_hash=True, map_location="cpu")
     with reading(file, f"it should be {name}, fetch {url}"):
         content = file.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()[:8]
+        digest = twosdm.hash_of(content)[:8]                  # of its sha256
         if path is None and not name.endswith(f"-{digest}.pth"):
             raise UserError(f"{file} has the sha256 {digest}, not that in its name: delete it")
         yield torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), digest
@@ -597,7 +595,7 @@ def read_statistics(path, network):
     -> dict of these, and of pool, n, weights if they are ours; empty if the file holds images alone. Raises
     UserError if an array is missing, of another network, not finite or not symmetric.
     """
-    names = "n", "mu", "sigma", "mu_s", "sigma_s", "pool", "weights"
+    names = "n mu sigma mu_s sigma_s pool weights".split()
     with reading(path, f"give mu (D,) and sigma (D, D) of {network.label}, D = {network.dims[0]}, for sFID "
                  f"also mu_s and sigma_s, D = {network.dims[1]}, or images as arr_0"):
         with np.load(path) as file:
@@ -784,11 +782,11 @@ NAMES = {"2sdm": "2SDM", "oracle": "2SDM + oracle", "baseline": "EDM", "joint": 
 # What tables show, and with how many digits. gain: by how much, in percent, FID is lower than EDM's.
 DIGITS = {"is": 1, "precision": 3, "recall": 3, "fid": 2, "sfid": 2, "ms_per_image": 1, "prior_share": 3,
           "gain": 1}
-SHOWN = "method", "images", *METRICS, "frechet", "median_distance", "smallest", "median", "copies"
+SHOWN = ("method images fid sfid is precision recall frechet median_distance smallest median "
+         "copies").split()
 # What else must be equal for evaluations to be averaged; a table has columns for those that differ.
-COLUMNS = ("method", "dataset", "y", "tags", "image_steps", "guidance", "temperature", "label", "prompt",
-           "images", "steps", "churn", "s_noise", "seed", "n_generated", "n_real", "reference", "resolution",
-           "weights")
+COLUMNS = ("method dataset y tags image_steps guidance temperature label prompt images steps churn s_noise "
+           "seed n_generated n_real reference resolution weights").split()
 # The paper's values, n = 50,000: Table 1 (for Overfit-2SDM Table 4), with the times per image of Table 5, on
 # a V100. From scratch: Table 3, whose values fit n = 20,000 (inferred).
 PAPER = """
@@ -953,9 +951,9 @@ def write_figure_4(paths, folder):
 # 7 The command line
 # ============================================================================================================
 AT_ODDS = dict(                                               # of each mode: the flags that do not go with it
-    tables=("resolution", "y"), figure=("resolution", "y"), history=("nearest", "checkpoint"),
-    images=("method", "checkpoint", "history", "y", "prompt"),
-    embeddings=("images", "method", "history", "nearest", "reference", "save_reference"))
+    tables="resolution y", figure="resolution y", history="nearest checkpoint",
+    images="method checkpoint history y prompt",
+    embeddings="images method history nearest reference save_reference")
 
 
 @dataclass
@@ -1031,10 +1029,11 @@ class Task:
     UserError.
     """
 
+    config = dataset = None
+    pipelines = trained_on = ()                               # of the training images: fingerprint, autoencoder
+
     def __init__(self, args):
-        self.args, self.device = args, twosdm.pick_device(args.device)
-        self.pipelines, self.config, self.dataset, self.resolution = [], None, None, args.resolution
-        self.trained_on = None, None
+        self.args, self.device, self.resolution = args, twosdm.pick_device(args.device), args.resolution
         if args.of_runs or not (args.images or args.reference):
             sample.same_dataset(args)
         if args.of_runs:
@@ -1095,7 +1094,7 @@ class Task:
             world = twosdm.shapes_world(torch.arange(first, first + n), self.resolution, self.config.seed)
             yield dict(method="real"), world, None
         for pipeline in self.pipelines:
-            for each in history(pipeline, args, self.device) if args.history else [pipeline]:
+            for each in history(pipeline, args) if args.history else [pipeline]:
                 images = self.of_one_size(samples(each, args.seed, n))
                 yield dict(each.describe(), images=each.seen), images, each
 
@@ -1135,14 +1134,14 @@ def find_pipelines(args, device):
     return pipelines
 
 
-def history(pipeline, args, device):
+def history(pipeline, args):
     """Yields the pipeline with each snapshot of its image model, the last of which is the end of its run."""
     folder = Path(pipeline.file).parent
     paths = sorted(folder.glob("snapshot-*.pt"))
     if folder / f"snapshot-{pipeline.seen:010d}.pt" not in paths:             # the run was stopped later
         paths.append(pipeline.file)
     for path in paths:
-        yield sample.Pipeline(replace(args, checkpoint=[path]), pipeline.method, device)
+        yield sample.Pipeline(replace(args, checkpoint=[path]), pipeline.method, pipeline.device)
 
 
 def main():

@@ -15,7 +15,6 @@ the grid; all else goes to standard error.
 import functools
 import itertools
 import json
-import math
 import os
 import sys
 import tempfile
@@ -51,6 +50,7 @@ class Pipeline:
     joint: 2sdm, its networks and embedder trained together (Overfit-2SDM). With own_images, the oracle does
     without the training images: the caller has others to `embed`.
     """
+    caption = autoencoder = images = None             # of the methods and runs that have none
 
     def __init__(self, args, method, device, own_images=False):
         self.args = args = replace(args)  # its own, to be completed
@@ -77,7 +77,6 @@ class Pipeline:
         self.sampler = twosdm.Sampler(args.steps, args.churn, s_noise=args.s_noise)
         self.image_sampler = replace(
             self.sampler, steps=args.image_steps, guidance=args.guidance)
-        self.caption, self.autoencoder, self.images = None, None, None
         if args.prompt:                               # a word that it does not know is said here
             self.caption = self.embedder.text_condition([args.prompt])        # (1, A)
         if self.config.vae:
@@ -282,7 +281,7 @@ class Job(NamedTuple):
 def samples(pipeline, args):
     """Images of the y of each seed, or (--like) of each given image: one of each or, with --same-y, K."""
     columns, given, recorded = args.same_y or 1, None, dict(same_y=bool(args.same_y))
-    rows = math.ceil((args.n or 64) / columns)
+    rows = -(-(args.n or 64) // columns)              # rounded up
     if args.like:
         given, columns = read_images(args.like, pipeline.resolution), args.same_y or 8
         rows, recorded = len(given), dict(like=given.fingerprint, seed=args.seed)
@@ -528,8 +527,7 @@ class Flags(SamplingFlags, DrawingFlags):
 
 
 AT_ODDS = dict(                                       # of each mode: the flags that do not go with it
-    interpolate=("like", "same_y", "n", "npz", "churn"), like=("n", "npz"), same_y=("npz",),
-)
+    interpolate="like same_y n npz churn", like="n npz", same_y="npz")
 
 
 def choose_mode(args):

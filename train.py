@@ -44,7 +44,7 @@ def option(default, help, low=None, high=2**50, choices=None, group="", **parsin
     return field(default=default, metadata=locals())
 
 
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = "fp32 tf32 bf16".split()
 K, M = 1_000, 1_000_000
 
 
@@ -139,13 +139,13 @@ IDENTITY = dict(
 
 # Settings by data set, in layers (source, stages, settings), of which later ones win. Sources: the paper, its
 # authors' code where the paper is silent, EDM, or ours. Layers of "image" hold for the baseline as well.
-IMAGE = ("image", "baseline", "joint", "all")         # all: what --help shows
-EVERY = ("embedder", "prior", *IMAGE)
+IMAGE = "image baseline joint all"                    # all: what --help shows
+EVERY = "embedder prior " + IMAGE
 SMALL_PRIOR = dict(lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4)
 SMALL_UNET = dict(batch=32, width=24, mults=(1, 2, 2), blocks=1)
 PAPER_PRIOR = [
-    ("authors", ("prior",), dict(batch=256, lr=1e-4)),
-    ("ours", ("prior",), dict(images=100 * M)),       # the paper: a day on a V100
+    ("authors", "prior", dict(batch=256, lr=1e-4)),
+    ("ours", "prior", dict(images=100 * M)),       # the paper: a day on a V100
 ]
 PAPER_64 = [
     ("paper", EVERY, dict(resolution=64, augment=0.15)),
@@ -165,15 +165,15 @@ PRESETS = {
         ("ours", EVERY, dict(embedder="shapes", lr_ramp=4 * K, views=1, steps=18, churn=0.0,
                              log=2 * K, preview=14 * K, save=5 * K)),
         # Minutes on two CPU cores. In so short a training many small steps learn more than few large ones.
-        ("ours", ("embedder",), dict(images=40 * K, lr=2e-3)),
-        ("ours", ("prior",), dict(log=10 * K, save=50 * K)),
-        ("ours", ("prior", "joint"), dict(SMALL_PRIOR, images=250 * K, batch=64, lr=2e-3)),
+        ("ours", "embedder", dict(images=40 * K, lr=2e-3)),
+        ("ours", "prior", dict(log=10 * K, save=50 * K)),
+        ("ours", "prior joint", dict(SMALL_PRIOR, images=250 * K, batch=64, lr=2e-3)),
         ("ours", IMAGE, dict(SMALL_UNET, images=28 * K, batch=16, lr=4e-3, attention=(4,), snapshots=10 * K)),
     ],
     "folder": [                                       # minutes on a CPU; on a GPU, give the U-Net more width
         ("EDM", EVERY, dict(augment=0.15)),
         ("ours", EVERY, dict(resolution=32, lr_ramp=4 * K, log=2 * K, preview=6 * K, save=6 * K)),
-        ("ours", ("prior", "joint"), dict(images=400 * K, **SMALL_PRIOR)),
+        ("ours", "prior joint", dict(images=400 * K, **SMALL_PRIOR)),
         ("ours", IMAGE, dict(images=50 * K, lr=2e-3, attention=(8,), dropout=0.05, **SMALL_UNET)),
     ],
     "cifar10": [
@@ -203,7 +203,8 @@ def settle(dataset, stage, changes):
     sources = dict.fromkeys(values, "ours")
     for source, names in SOURCES.items():
         sources |= dict.fromkeys(names.split(), source)
-    layers = [(source, settings) for source, stages, settings in PRESETS[dataset] if stage in stages]
+    layers = [(source, settings) for source, stages, settings in PRESETS[dataset]
+              if stage in stages.split()]
     layers.append(("you", changes))
     for _, settings in layers:
         values |= ARCHITECTURES.get(settings.get("arch"), {})
@@ -248,7 +249,7 @@ def check_together(settings, at_odds):
     """Raises UserError if two flags are given that do not go together: {mode: the flags at odds with it}."""
     given = {name for name, value in vars(settings).items() if value not in (None, False)}
     for mode, others in at_odds.items():
-        for other in others:
+        for other in others.split():
             if {mode, other} <= given:
                 raise UserError(f"{flag(mode)} and {flag(other)} do not go together: leave one of them out")
 
@@ -304,7 +305,7 @@ def whole_number(text):
 
 
 def whole_numbers(text):
-    return tuple(int(number) for number in text.split(","))
+    return tuple(map(int, text.split(",")))
 
 
 def new_parser(description, settings, epilog=None):

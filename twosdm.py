@@ -1000,7 +1000,7 @@ def filters(size, device):
 # A procedural data set, with the vocabulary of what its images show and its captions say.
 SHAPES = "circle ring square triangle cross star".split()
 COLORS = dict(red=0, orange=30, yellow=55, green=120, cyan=180, blue=225, purple=275, pink=325)    # hue in °
-COUNTS = ("one", "two", "three", "four")
+COUNTS = "one two three four".split()
 ATTRIBUTES = dict(shape=len(SHAPES), color=len(COLORS), background=len(COLORS), count=len(COUNTS))
 PLURALS = [shape + ("es" if shape == "cross" else "s") for shape in SHAPES]
 WORDS = ["", "on", "a", "an", "background", *COUNTS, *COLORS, *SHAPES, *PLURALS]
@@ -1663,7 +1663,7 @@ def gather(value):
 
 
 FORMAT = "twosdm 3"
-STAGES = ("embedder", "prior", "image", "baseline")     # what --stage all trains
+STAGES = "embedder prior image baseline".split()         # what --stage all trains
 TRAINED = dict(config=dict, model=dict, data=dict, fingerprints=dict, ema=dict, seen=int,
                embedder=(dict, type(None)))
 

@@ -139,7 +139,7 @@ def test_latents_serve_only_the_autoencoder_that_made_them(weights, source, tmp_
 
 
 def test_without_diffusers_or_usable_weights_one_sentence_says_what_to_do(
-        weights, source, tmp_path, autoencoder, monkeypatch, capfd):
+        weights, tmp_path, monkeypatch, capfd):
     import safetensors.torch as safe
     (tmp_path / "empty").mkdir()
     for name in ("cut", "lacking"):
@@ -154,8 +154,8 @@ def test_without_diffusers_or_usable_weights_one_sentence_says_what_to_do(
         with pytest.raises(UserError, match=f"^[^\n]*{name}' cannot be loaded [^\n]*connect once[^\n]*$"):
             twosdm.Autoencoder(tmp_path / name)
     assert capfd.readouterr().err == "" and not logging.root.manager.disable
-    with pytest.raises(UserError, match="divisible by 2"):
-        prepare_images(source, 15, tmp_path / "cache", autoencoder=autoencoder)
+    with pytest.raises(UserError, match="--resolution 100 must be divisible by 64"):
+        train.configure("imagenet-latent", resolution=100)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UserError, match="pip install diffusers"):
         twosdm.Autoencoder()
