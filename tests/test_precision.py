@@ -6,35 +6,10 @@ import torch
 from conftest import same
 
 import train
-from twosdm import Denoiser, PriorTransformer, UNet, load_checkpoint
+from twosdm import load_checkpoint
 
 SMALL = ("--size 500 --embedder pixels --resolution 8 --width 16 --mults 1 --prior-width 64 --prior-depth 1 "
          "--preview 0 --snapshots 0").split()
-
-
-@pytest.mark.parametrize("arch", ["prior", "ddpm++", "adm"])
-def test_estimates_and_gradients_in_bf16_are_those_of_float32_within_four_percent(arch):
-    torch.manual_seed(0)
-    if arch == "prior":
-        x = torch.randn(4, 16)
-        denoiser = Denoiser(PriorTransformer(16, 3, width=32, depth=2, heads=4), predict="data")
-    else:
-        x = torch.randn(4, 3, 8, 8)
-        width = 64 if arch == "adm" else 16
-        denoiser = Denoiser(UNet(8, 3, 3, arch=arch, width=width, mults=(1, 2), blocks=1, attention=(4,)))
-    weights = list(denoiser.parameters())
-    for weight in weights:                            # so that no branch is silent
-        weight.data.add_(torch.randn_like(weight), alpha=0.05)
-    sigma, cond = torch.tensor([0.1, 0.5, 1, 5]), torch.randn(4, 3)
-    results = []
-    for bf16 in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            out = denoiser(x, sigma, cond)
-        gradients = torch.autograd.grad(out.square().sum(), weights)
-        results.append((out, torch.cat([gradient.flatten() for gradient in gradients])))
-    for exact, rounded in zip(*results):
-        assert rounded.dtype == torch.float32
-        assert 0 < (rounded - exact).norm() / exact.norm() < 0.04
 
 
 @pytest.mark.parametrize("stage, batch, augment", [("prior", 32, 0), ("image", 8, 0.5)])
