@@ -17,7 +17,7 @@
 
 Values are comparable only with the same network (Inception of 2015-12-05), the same resize (TensorFlow 1's
 bilinear), the same rounding to uint8 and the same number of images: a number is reported with its protocol.
-Every set of images, whether files, an array or the samples of a method, is a `Images`; its features
+Every set of images, whether files, an array or the samples of a method, is a `twosdm.Images`; its features
 are cached in runs/<dataset>/features, so that metrics are recomputed in seconds. evaluate.py runs in one
 process: for many samples from several GPUs, evaluate what `torchrun -- sample.py --npz` has written.
 """

@@ -36,7 +36,7 @@ from twosdm import (
     Images, SampleNoise, UserError, fingerprint, gather, has_prior, image_noise, mix_seed, rank, reading,
     run_name, save_picture, written)
 
-METHODS = {"2sdm": ("prior", "image"), "oracle": ("image",), "baseline": ("baseline",), "joint": ("joint",)}
+METHODS = {"2sdm": "prior image", "oracle": "image", "baseline": "baseline", "joint": "joint"}
 RECORDED = "steps image_steps churn s_noise prompt guidance temperature".split()
 
 
@@ -358,7 +358,7 @@ def load(path, stage=None):
 
 def load_given(paths, methods=()):
     """{stage: checkpoint} of the files of --checkpoint, each of use to one of the methods (none: to any)."""
-    useful, given = {stage for method in methods or METHODS for stage in METHODS[method]}, {}
+    useful, given = {stage for method in methods or METHODS for stage in METHODS[method].split()}, {}
     for path in paths or ():
         checkpoint = load(path)
         stage = checkpoint["stage"]
@@ -371,7 +371,7 @@ def load_given(paths, methods=()):
 
 def find_checkpoints(args, method):
     """{stage: checkpoint} of a method's networks: those given, and for the others the newest."""
-    given, y, stages = load_given(args.checkpoint, args.method), args.y or "clip", METHODS[method]
+    given, y, stages = load_given(args.checkpoint, args.method), args.y or "clip", METHODS[method].split()
     if "image" in given:
         y = given["image"]["config"].y
     if args.y and (args.y != y or "image" not in stages):
@@ -380,7 +380,7 @@ def find_checkpoints(args, method):
     args.dataset = args.dataset or next(
         (run["config"].dataset for run in given.values() if run["seen"]), None)
     if method == "2sdm" and not has_prior(y) and "prior" not in given:
-        stages = ("image",)                           # clusters are drawn by their frequency: Class-cond
+        stages = ["image"]                            # clusters are drawn by their frequency: Class-cond
     found = {stage: given.get(stage) or load(find_run(args, stage, y), stage) for stage in stages}
     if method == "joint":
         return {stage: part_of(found["joint"], stage) for stage in ("prior", "image")}
@@ -484,7 +484,7 @@ class SamplingFlags:
     image_steps: int = option(None, "steps of the image model alone (default: as --steps)", 2)
     churn: float = option(None, "S_churn; 0 = deterministic (default: the run's preset)", 0)
     s_noise: float = option(1.007, "S_noise of the churn", 0)
-    class_: int = option(None, "draw this class alone (default: as in the data)", 0)
+    class_: int = option(None, "draw this class alone (default: as in the data)", 0, metavar="N")
     prompt: str = option(None, 'a caption, such as "three red stars on a blue background", for priors '
                          "trained with --a text (default: none)")
     guidance: float = option(1.0, "classifier-free guidance on y; 1 = none, otherwise the model must have "
