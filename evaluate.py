@@ -252,7 +252,7 @@ LPIPS_NETS = {             # the ReLUs that are compared, the files of linear la
     "alex": ((1, 4, 7, 9, 11), "lpips-v0.1-alex-df73285e.pth", "alexnet-owt-7be5be79.pth",
              torchvision.models.alexnet),
     "vgg": ((3, 8, 15, 22, 29), "lpips-v0.1-vgg-a78928a0.pth", "vgg16-397923af.pth",
-            torchvision.models.vgg16),
+            torchvision.models.vgg16)
 }
 
 
@@ -459,7 +459,7 @@ class WorldFeatures(twosdm.SmallClip):
 
 
 # ============================================================================================================
-# 3 Sets of images: whatever they are, a Images; what must be drawn or unpacked is made when looked at
+# 3 Sets of images: whatever they are, a twosdm.Images; what must be drawn or unpacked is made when looked at
 # ============================================================================================================
 
 
@@ -695,7 +695,7 @@ def similarity(task):
     def embed(x):
         return F.normalize(net(x)) / math.sqrt(2)             # of these, |u - v|^2 = 1 - cos
 
-    return embed, 2, f"cosine of {net.name} {twosdm.fingerprint(net)}"
+    return embed, 2, f"cosine of {type(getattr(net, 'inner', net)).__name__} {twosdm.fingerprint(net)}"
 
 
 def find_copies(task):
@@ -782,8 +782,7 @@ NAMES = {"2sdm": "2SDM", "oracle": "2SDM + oracle", "baseline": "EDM", "joint": 
 # What tables show, and with how many digits. gain: by how much, in percent, FID is lower than EDM's.
 DIGITS = {"is": 1, "precision": 3, "recall": 3, "fid": 2, "sfid": 2, "ms_per_image": 1, "prior_share": 3,
           "gain": 1}
-SHOWN = ("method images fid sfid is precision recall frechet median_distance smallest median "
-         "copies").split()
+SHOWN = "method images fid sfid is precision recall frechet median_distance smallest median copies".split()
 # What else must be equal for evaluations to be averaged; a table has columns for those that differ.
 COLUMNS = ("method dataset y tags image_steps guidance temperature label prompt images steps churn s_noise "
            "seed n_generated n_real reference resolution weights").split()
@@ -975,7 +974,8 @@ class EvaluationFlags:
                                  "(default: no)")
 
     metrics: list = option(None, f"some of {','.join(METRICS)} (default: all; with --history fid)",
-                           choices=METRICS, group="metrics and modes", type=lambda names: names.split(","))
+                           choices=METRICS, group="metrics and modes", metavar="NAME,...",
+                           type=lambda names: names.lower().split(","))
     history: bool = option(False, "the metrics at every snapshot of image model and baseline (train.py "
                            "--snapshots), with the newest prior: table, CSV and figure")
     nearest: str = option(None, "instead of metrics the nearest training images of each sample: pictures, "
@@ -986,8 +986,8 @@ class EvaluationFlags:
     tables: list = option(None, "instead: the paper's Tables 1, 3, 4, 5 as Markdown, from these "
                           "results.jsonl of one or several training seeds (default: all below --runs)",
                           nargs="*")
-    figure: int = option(None, "instead: 4 for Fig. 4, the oracle's FID against the dimension of y, from the "
-                         "results.jsonl below --runs or of --tables (default: no)", 4, 4)
+    figure: str = option(None, "instead: Fig. 4, the oracle's FID against the dimension of y, from the "
+                         "results.jsonl below --runs or of --tables (default: no)", choices="4")
 
     inception_weights: str = option(None, "the public Inception file; shapes have a classifier of their own "
                                     "in its place, also with --images and --dataset shapes (default: "
@@ -1006,6 +1006,7 @@ class Flags(sample.SamplingFlags, EvaluationFlags):
 
 def parse():
     args = Flags(**vars(train.new_parser(__doc__, Flags()).parse_args()))
+    train.check_options(args)
     args.metrics = args.metrics or (["fid"] if args.history else list(METRICS))
     train.check_together(args, AT_ODDS)
     if args.embeddings:
@@ -1030,7 +1031,7 @@ class Task:
     """
 
     config = dataset = None
-    pipelines = trained_on = ()                               # of the training images: fingerprint, autoencoder
+    pipelines = trained_on = ()                               # fingerprint and autoencoder of the real images
 
     def __init__(self, args):
         self.args, self.device, self.resolution = args, twosdm.pick_device(args.device), args.resolution
@@ -1043,7 +1044,7 @@ class Task:
             self.trained_on = base.fingerprints["images"], base.autoencoder
             self.config = replace(base.config, dataset=args.dataset or base.dataset)
         elif args.dataset:
-            self.config = train.configure(args.dataset, "image", skip_bad=args.skip_bad)
+            self.config = train.configure(args.dataset, "image")
             path = sample.newest(args, "image*", "baseline*", "joint*")       # its newest run
             if path:
                 self.config = sample.load(path)["config"]
@@ -1077,6 +1078,7 @@ class Task:
         if not config:
             raise UserError("--images are compared with what? Add --reference PATH, or --dataset to take its "
                             "training images")
+        config.skip_bad |= args.skip_bad
         return self.of_one_size(sample.training_images(args, config, *self.trained_on))
 
     def candidates(self):
@@ -1106,9 +1108,8 @@ class Task:
         if self.args.images:
             return
         path = self.folder / "results.jsonl"
-        cut = path.exists() and not path.read_bytes().endswith(b"\n")         # by a kill
         with open(path, "a") as file:
-            file.write("\n" * cut + json.dumps(row) + "\n")
+            file.write(json.dumps(row) + "\n")               # at once, when the file is closed
 
 
 def find_pipelines(args, device):

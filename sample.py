@@ -111,9 +111,9 @@ class Pipeline:
         if label is None:
             return counts
         if not sum(counts[label:label + 1]):          # such a class has no images, or there is none
-            names = [f"{i} {name}" for i, name in enumerate(self.data["classes"][:len(counts)])]
-            known = ", ".join(names)[:300] or f"none, as {self.file} was trained without classes (--a class)"
-            raise UserError(f"--class {label}: the classes are {known}")
+            names = ", ".join(map("{} {}".format, range(len(counts)), self.data["classes"]))[:300]
+            raise UserError(f"--class {label}: the classes are "
+                            f"{names or f'none, as {self.file} was trained without classes (--a class)'}")
         return [int(i == label) for i in range(len(counts))]
 
     @functools.cached_property
@@ -122,7 +122,8 @@ class Pipeline:
         if self.run["embedder"] is None:
             return None
         weights = self.args.clip_weights or self.config.clip_weights
-        return twosdm.unpack_embedder(self.run["embedder"], weights).to(self.device)
+        with reading(self.file, "train it again, or give another --checkpoint"):
+            return twosdm.unpack_embedder(self.run["embedder"], weights).to(self.device)
 
     @torch.no_grad()
     def conditions(self, seeds, noise=None):
@@ -192,7 +193,7 @@ class Pipeline:
             dataset=self.dataset, arithmetic=self.precision, y=self.config.y,
             y_dim=(self.run["embedder"] or dict(dim=0))["dim"],
             train_seed=self.seen and self.config.seed,         # a published network does not tell it
-            tags=[f"{stage} {run['config']['tag']}" for stage, run in runs if run["config"].tag],
+            tags=[f"{stage} {run['config'].tag}" for stage, run in runs if run["config"].tag],
             vae=self.autoencoder and fingerprint(self.autoencoder),
             fingerprints=self.fingerprints, images_seen={stage: run["seen"] for stage, run in runs},
             networks={stage: fingerprint(network) for stage, network in self.networks.items()})
@@ -211,11 +212,11 @@ class Pipeline:
                         images=int(images), batch=self.args.batch, device=device)
 
 
-def training_images(args, config, fingerprint=None, autoencoder=None):
-    """The images that a run was trained on, or those of a preset. Raises UserError for others than expected."""
+def training_images(args, config, expected=None, autoencoder=None):
+    """The images that a run, or a preset, is trained on. Raises UserError for another fingerprint."""
     config = replace(config, runs=args.runs, data=args.data or config.data)
     images = twosdm.load_images(config, autoencoder)
-    if fingerprint not in (None, images.fingerprint):
+    if expected not in (None, images.fingerprint):
         raise UserError("the training images are not those of the run: give its own with --data")
     return images
 
@@ -239,15 +240,19 @@ def check_finite(samples, file):
 def slerp(start, end, way):
     """From start (...) to end (...) by way (T,) in [0, 1] -> (T, ...): way 0 and 1 give the ends, to the bit.
 
-    Gaussian noise of many dimensions lies on a sphere, and so does every point of this arc; halfway along a
-    straight line it would be shorter by 30%, which no denoiser has ever seen.
+    Directions move along the great circle, lengths in proportion. Gaussian noise of many dimensions lies on a
+    sphere; halfway along a straight line it would be shorter by 30%, which no denoiser has ever seen.
     """
     ends = torch.stack([start, end]).cpu().double().flatten(1)                # Apple's GPU has no float64
     way = torch.as_tensor(way, dtype=torch.float64)
-    # Between parallel ends there is no one arc: clipped, they are not quite parallel.
-    angle = F.cosine_similarity(*ends, dim=0).clip(-1 + 1e-12, 1 - 1e-12).acos()
-    shares = torch.stack([1 - way, way], dim=1).mul(angle).sin() / angle.sin()                # (T, 2)
-    return (shares @ ends).unflatten(1, start.shape).to(start)   # rounded to float32, the ends are exact
+    shares = torch.stack([1 - way, way], dim=1)                               # (T, 2)
+    lengths = ends.norm(dim=1, keepdim=True)                                  # (2, 1)
+    directions = F.normalize(ends)
+    # Between parallel ends there is no one circle: clipped, they are not quite parallel.
+    angle = directions.prod(dim=0).sum().clip(-1 + 1e-12, 1 - 1e-12).acos()
+    turned = (shares * angle).sin() @ directions / angle.sin()
+    between = shares @ lengths * turned
+    return between.unflatten(1, start.shape).to(start)           # rounded to float32, the ends are exact
 
 
 @dataclass
@@ -361,7 +366,7 @@ def load_given(paths, methods=()):
     useful, given = {stage for method in methods or METHODS for stage in METHODS[method].split()}, {}
     for path in paths or ():
         checkpoint = load(path)
-        stage = checkpoint["stage"]
+        stage = checkpoint.get("stage")
         if stage in given or stage not in useful:
             raise UserError(f"{path} is of the stage {stage}: give --checkpoint at most one file of each of "
                             f"the stages that --method {' '.join(methods or METHODS)} has")
@@ -460,7 +465,6 @@ def write_npz(folder):
             file.write(image)
         file.flush()
         np.savez(fresh, arr_0=np.memmap(file, np.uint8).reshape(-1, *image.shape), seeds=seeds)
-    print(f"{path} holds all {len(seeds)} images of the folder", file=sys.stderr)
 
 
 # ============================================================================================================
@@ -496,9 +500,6 @@ class SamplingFlags:
     precision: str = option("auto", "of the networks; auto = tf32 on cuda, else fp32",
                             choices=("auto", *train.PRECISIONS))
     compile: bool = option(False, "torch.compile the networks, which pays for thousands of images on cuda")
-
-    def __post_init__(self):
-        train.check_options(self)
 
 
 @dataclass
@@ -556,6 +557,7 @@ def check_mode(mode, pipeline):
 
 def main():
     args = Flags(**vars(train.new_parser(__doc__, Flags()).parse_args()))
+    train.check_options(args)
     mode = choose_mode(args)
     same_dataset(args)
     device, [method] = twosdm.pick_device(args.device), args.method

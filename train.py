@@ -73,7 +73,7 @@ class TrainConfig:
 
     embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, the image shrunk to 4×4 pixels, or a "
                            "small CLIP of the shapes", choices=("clip", "pixels", "shapes"), group="embedding")
-    clip_weights: str = option("openai", "'openai', which open_clip downloads, or a file")
+    clip_weights: str = option("openai", "'openai' or another's that open_clip downloads, or a file")
     y: str = option("clip", "what of the embedding is used: all of it (clip), its first D principal "
                     "components (pca:D), which of K clusters it is in (kmeans:K), nothing (none)")
     y_dropout: float = option(0.0, "how often the image model is not told y, for guidance in sampling", 0, 1)
@@ -123,7 +123,7 @@ class TrainConfig:
 SOURCES = dict(                                       # of the defaults above; all others are ours
     paper="embedder prior_predicts arch steps churn",
     authors="prior_width prior_depth prior_heads",
-    EDM="width mults blocks attention lr_ramp ema_half_life ema_ramp",
+    EDM="width mults blocks attention lr_ramp ema_half_life ema_ramp"
 )
 # The settings that make a run what it is: it may not change them on its way.
 ALWAYS = "dataset resolution size limit seed batch lr lr_ramp ema_half_life ema_ramp"
@@ -134,7 +134,7 @@ IDENTITY = dict(
     prior=ALWAYS + " embedder y a augment views prior_predicts" + PRIOR,
     image=ALWAYS + " embedder y y_dropout a augment init_from" + UNET,
     baseline=ALWAYS + " a augment init_from" + UNET,
-    joint=ALWAYS + " embedder a augment prior_predicts init_from" + PRIOR + UNET,
+    joint=ALWAYS + " embedder a augment prior_predicts init_from" + PRIOR + UNET
 )
 
 # Settings by data set, in layers (source, stages, settings), of which later ones win. Sources: the paper, its
@@ -145,19 +145,19 @@ SMALL_PRIOR = dict(lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4)
 SMALL_UNET = dict(batch=32, width=24, mults=(1, 2, 2), blocks=1)
 PAPER_PRIOR = [
     ("authors", "prior", dict(batch=256, lr=1e-4)),
-    ("ours", "prior", dict(images=100 * M)),       # the paper: a day on a V100
+    ("ours", "prior", dict(images=100 * M))        # the paper: a day on a V100
 ]
 PAPER_64 = [
     ("paper", EVERY, dict(resolution=64, augment=0.15)),
     ("paper", IMAGE, dict(images=25 * M, batch=256, lr=2e-4)),
-    *PAPER_PRIOR,
+    *PAPER_PRIOR
 ]
 IMAGENET = [
     ("paper", EVERY, dict(augment=0.0)),
     ("EDM", IMAGE, dict(dropout=0.10)),
     ("paper", IMAGE, dict(arch="adm", batch=128, lr=1e-4)),
     ("ours", IMAGE, dict(ema_half_life=500 * K)),     # EDM's 50 M belong to its 2,500 M images
-    *PAPER_PRIOR,
+    *PAPER_PRIOR
 ]
 CLASSES = {"shapes": 6, "cifar10": 10, "imagenet-class": 1000, "imagenet-latent": 1000}
 PRESETS = {
@@ -166,20 +166,19 @@ PRESETS = {
                              log=2 * K, preview=14 * K, save=5 * K)),
         # Minutes on two CPU cores. In so short a training many small steps learn more than few large ones.
         ("ours", "embedder", dict(images=40 * K, lr=2e-3)),
-        ("ours", "prior", dict(log=10 * K, save=50 * K)),
-        ("ours", "prior joint", dict(SMALL_PRIOR, images=250 * K, batch=64, lr=2e-3)),
-        ("ours", IMAGE, dict(SMALL_UNET, images=28 * K, batch=16, lr=4e-3, attention=(4,), snapshots=10 * K)),
+        ("ours", "prior joint", dict(SMALL_PRIOR, images=250 * K, batch=64, lr=2e-3, log=10 * K, save=50 * K)),
+        ("ours", IMAGE, dict(SMALL_UNET, images=28 * K, batch=16, lr=4e-3, attention=(4,), snapshots=10 * K))
     ],
     "folder": [                                       # minutes on a CPU; on a GPU, give the U-Net more width
         ("EDM", EVERY, dict(augment=0.15)),
         ("ours", EVERY, dict(resolution=32, lr_ramp=4 * K, log=2 * K, preview=6 * K, save=6 * K)),
         ("ours", "prior joint", dict(images=400 * K, **SMALL_PRIOR)),
-        ("ours", IMAGE, dict(images=50 * K, lr=2e-3, attention=(8,), dropout=0.05, **SMALL_UNET)),
+        ("ours", IMAGE, dict(images=50 * K, lr=2e-3, attention=(8,), dropout=0.05, **SMALL_UNET))
     ],
     "cifar10": [
         ("EDM", EVERY, dict(resolution=32, a="class", augment=0.12)),
         *PAPER_PRIOR,
-        ("EDM", IMAGE, dict(images=200 * M, batch=512, lr=1e-3, dropout=0.13, mults=(2, 2, 2))),
+        ("EDM", IMAGE, dict(images=200 * M, batch=512, lr=1e-3, dropout=0.13, mults=(2, 2, 2)))
     ],
     "afhq": [*PAPER_64, ("paper", IMAGE, dict(dropout=0.25))],
     "ffhq": [*PAPER_64, ("paper", IMAGE, dict(dropout=0.05))],
@@ -187,8 +186,8 @@ PRESETS = {
     "imagenet-class": [("paper", EVERY, dict(resolution=64, a="class")), *IMAGENET],
     "imagenet-latent": [
         ("paper", EVERY, dict(resolution=256, a="class", vae="stabilityai/sd-vae-ft-mse")),
-        *IMAGENET,
-    ],
+        *IMAGENET
+    ]
 }
 
 
@@ -238,15 +237,18 @@ def check_options(settings):
             raise UserError(f"{flag(name)} {value!r} is of the wrong kind: see --help")
         values = value if isinstance(value, tuple | list) else [value]
         if known["choices"] and not set(values) <= set(known["choices"]):
-            raise UserError(f"{flag(name)} {value} is unknown: choose one of {', '.join(known['choices'])}")
+            raise UserError(f"{flag(name)} {' '.join(map(str, values))} is unknown: choose one of "
+                            f"{', '.join(known['choices'])}")
         low, high = known["low"], known["high"]
         if low is not None and not all(low <= number <= high for number in values):
-            raise UserError(f"{flag(name)} {value} is out of range: it must be at least {low} and at most "
-                            f"{high}")
+            raise UserError(f"{flag(name)} {value} is out of range: at least {low}, at most {high:,}")
 
 
 def check_together(settings, at_odds):
-    """Raises UserError if two flags are given that do not go together: {mode: the flags at odds with it}."""
+    """Raises UserError for two flags that do not go together: {mode: the flags at odds with it}.
+
+    A flag is given if it is neither None nor 0 or False.
+    """
     given = {name for name, value in vars(settings).items() if value not in (None, False)}
     for mode, others in at_odds.items():
         for other in others.split():
@@ -290,7 +292,7 @@ def check(config):
          f"--y {y} leaves --y-dropout nothing to drop: leave one of them out"),
         (stage == "joint" and (y != "clip" or config.y_dropout or config.embedder == "pixels" or config.vae),
          "--stage joint trains an embedder of images with the rest: leave --y, --y-dropout, --vae and "
-         "--embedder pixels out"),
+         "--embedder pixels out")
     ):
         if refused:
             raise UserError(sentence)
@@ -325,7 +327,7 @@ def new_parser(description, settings, epilog=None):
         if isinstance(default, tuple):
             default = ",".join(map(str, default))
         if default is not None:
-            help += f" (default: {default})"
+            help += f" (default: {'no' if default is False else default})"
         parsing = dict(dest=setting.name, help=help.replace("%", "%%"))
         if setting.type is bool:
             parsing["action"] = argparse.BooleanOptionalAction
@@ -479,7 +481,7 @@ class Stage:
             log=self.log,
             ema=self.ema.net.state_dict(),
             **self.extra,
-            **more,
+            **more
         )
 
 
@@ -608,7 +610,8 @@ class Diffusion(Stage):
         parts, y, device = self.parts(self.ema.net), None, self.device
         if "image" not in parts:
             return
-        seeds, sampler = range(64), Sampler(steps=18, s_churn=0)
+        side = 8 if self.config.resolution < 64 else 4
+        seeds, sampler = range(side * side), Sampler(steps=18, s_churn=0)
         rows = np.array(seeds) * 7919 % len(self.images)                  # a prime: from all over the set
         a = self.condition(rows)
         if "prior" in parts:
@@ -618,7 +621,7 @@ class Diffusion(Stage):
         x = twosdm.sample_images(parts["image"], twosdm.image_noise(seeds, device), y, a, sampler)
         if self.autoencoder:
             x = self.autoencoder.decode(x)
-        picture = twosdm.image_grid(twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), columns=8)
+        picture = twosdm.image_grid(twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), side)
         twosdm.save_picture(self.folder / f"samples-{self.seen:09d}.png", picture, least=512)
 
 

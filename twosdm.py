@@ -383,7 +383,7 @@ class PriorTransformer(nn.Module):
 # ============================================================================================================
 ARCHITECTURES = {                                     # EDM's networks for 64×64 images
     "ddpm++": dict(width=128, mults=(1, 2, 2, 2), blocks=4, attention=(16,)),
-    "adm": dict(width=192, mults=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8)),
+    "adm": dict(width=192, mults=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8))
 }
 
 
@@ -615,7 +615,7 @@ def convolution(cin, cout, stride=1):
 
 
 def at_most_32(x):
-    """(B, C, H, W) -> (B, C, min(H, 32), min(W, 32)): the world needs no more pixels to be read."""
+    """(B, C, R, R) -> the same, or 32 x 32 pixels: the world needs no more to be read."""
     return F.adaptive_avg_pool2d(x, min(x.shape[-1], 32))
 
 
@@ -639,14 +639,14 @@ class SmallClip(nn.Module):
             nn.Flatten(),
             nn.Linear(64 * w, 4 * w),
             nn.SiLU(),
-            nn.Linear(4 * w, dim),
+            nn.Linear(4 * w, dim)
         )
         self.embed = nn.Embedding(len(WORDS), 16)
         self.text = nn.Sequential(
             nn.Flatten(),
             nn.Linear(LONGEST_CAPTION * 16, 4 * w),
             nn.SiLU(),
-            nn.Linear(4 * w, dim),
+            nn.Linear(4 * w, dim)
         )
         self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
@@ -689,7 +689,7 @@ class Pixels(nn.Module):
     name, dim = "pixels", 48
 
     def forward(self, x):
-        return F.interpolate(x, (4, 4), mode="area").flatten(1)
+        return F.adaptive_avg_pool2d(x, 4).flatten(1)
 
 
 class PCA(nn.Module):
@@ -922,7 +922,7 @@ class Augment:
             theta.sin(),
             n_stretch * r.cos(),
             n_stretch * r.sin(),
-            *moves,
+            *moves
         ], dim=1)                                                                                  # (B, 9)
 
         # Forward: flip, zoom, turn, stretch, shift. Resampling needs the inverse: output -> input position.
@@ -1202,6 +1202,7 @@ SUFFIXES = ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .ppm .pgm"
 FORMATS = "PNG JPEG WEBP BMP GIF TIFF PPM".split()    # no EPS: Pillow would start Ghostscript
 LARGEST_FILE = 2**28                                  # bytes; more is a mistake, or a bomb
 MOST_CLASSES = 100_000
+warnings.filterwarnings("ignore", module="PIL")       # on odd EXIF, palettes and large sizes
 
 
 class ImageFiles:
@@ -1511,7 +1512,7 @@ def run(main):
         if rank():                                    # where all fail alike, torchrun stops the others first
             time.sleep(5)
         print(f"error: {message}", file=stderr)
-    if torch.distributed.is_initialized() and code == 0:
+    if processes() > 1 and torch.distributed.is_initialized() and code == 0:
         torch.distributed.destroy_process_group()
     sys.exit(code)
 
@@ -1680,7 +1681,7 @@ def load_checkpoint(path, stage=None):
     Raises UserError if it is missing, damaged, of another stage, program or version, or not finite.
     """
     if not Path(path).exists():
-        raise UserError(f"{path} does not exist: train it first (python train.py --stage {stage or 'all'})")
+        raise UserError(f"{path} does not exist: give another, or train.py --stage {stage or 'all'} first")
     with reading(path, "it should be a checkpoint that this version of train.py wrote; give another file, or "
                  "move it away and train again"):
         with zipfile.ZipFile(path) as archive:        # torch.load does not look at the checksums
@@ -1705,7 +1706,7 @@ def cached(path, make):
     Another process that wants the same waits for it.
     """
     with locked(path.with_suffix(".lock")):
-        with suppress(UserError):
+        with suppress(UserError, KeyError):
             return load_checkpoint(path)["content"]
         save_checkpoint(path, content=make())
         return load_checkpoint(path)["content"]

@@ -57,17 +57,16 @@ def gaussian(*shape):
 
 # The way between two points
 
-def test_slerp_has_the_ends_bits_and_turns_evenly_on_their_sphere():
+def test_slerp_has_the_ends_bits_and_turns_and_stretches_evenly():
     a, b = gaussian(3, 32, 32)
-    b *= a.norm() / b.norm()
     way = torch.linspace(0, 1, 5, dtype=torch.float64)
-    points = slerp(a, b, way)
+    points = slerp(a, 2 * b, way)
     assert points.shape == (5, 3, 32, 32)
     assert points.dtype == torch.float32
     assert torch.equal(points[0], a)
-    assert torch.equal(points[-1], b)
+    assert torch.equal(points[-1], 2 * b)
     lengths = points.flatten(1).double().norm(dim=1)
-    assert close(lengths, lengths[0], 1e-4)
+    assert close(lengths, torch.lerp(lengths[0], lengths[-1], way), 1e-4)
     unit = points.flatten(1).double() / lengths[:, None]
     angles = (unit[1:] * unit[:-1]).sum(1).acos()
     assert close(angles, angles.mean(), 1e-6)
@@ -87,7 +86,7 @@ def test_slerp_between_parallel_ends_is_a_straight_line():
     assert close(slerp(a, 3 * a, [0.5]), 2 * a, 1e-6)
     for ends in ((a, -a), (a[:1], -2 * a[:1]), (a, 0 * a)):            # no one circle, but no NaN
         points = slerp(*ends, [0.0, 0.5, 1.0])
-        assert points.isfinite().all()
+        assert points.norm(dim=1).max() <= 2 * a.norm()
         assert torch.equal(points[0], ends[0])
         assert torch.equal(points[-1], ends[1])
 
@@ -131,7 +130,7 @@ def test_sampling_continues_and_never_overwrites(trained, draw, drawn, call, tmp
 def test_the_array_holds_the_folder_and_no_grid_another_seeds_images(draw, tmp_path):
     for seed, n in ((4, 2), (0, 3), (1, 1)):
         _, said = draw("--out", "out", "--npz", "--seed", seed, "--n", n)
-    assert "all 5 images" in said
+    assert "samples.npz: 100%" in said and "5/5" in said
     with np.load(tmp_path / "out/samples.npz") as arrays:
         assert arrays["seeds"].tolist() == [0, 1, 2, 4, 5]
         for seed, pixels in zip(arrays["seeds"], arrays["arr_0"]):

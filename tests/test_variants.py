@@ -193,7 +193,8 @@ def test_guidance_1_is_none_bit_for_bit_and_0_is_the_model_without_y(runs):
     assert not close(drawn(y, guidance=2.0), drawn(y), 1e-3)
     assert not close(drawn(y), drawn(y, guidance=0.0), 1e-3)
     given = ["--checkpoint", runs / "shapes/prior/checkpoint.pt", path]
-    assert pipeline(runs, "2sdm", *given, "--guidance", 3)([0]).shape == (1, 8, 8, 3)
+    pipe = pipeline(runs, "2sdm", *given, "--guidance", 3)
+    assert pipe([0]).shape == (1, 8, 8, 3) and pipe.describe()["tags"] == ["image guided"]
 
 
 def test_an_image_model_that_is_never_told_y_does_not_depend_on_it(runs, other, fit):
