@@ -71,8 +71,8 @@ class TrainConfig:
     augment: float = option(0.0, "probability of each geometric augmentation", 0, 1)
     views: int = option(32, "augmented views per image that the prior is trained on", 1, K)
 
-    embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, the image shrunk to 4×4 pixels, or a "
-                           "small CLIP of the shapes", choices=("clip", "pixels", "shapes"), group="embedding")
+    embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, the image at 4×4 pixels, or a small CLIP of "
+                           "the shapes", choices=("clip", "pixels", "shapes"), group="embedding")
     clip_weights: str = option("openai", "'openai' or another's that open_clip downloads, or a file")
     y: str = option("clip", "what of the embedding is used: all of it (clip), its first D principal "
                     "components (pca:D), which of K clusters it is in (kmeans:K), nothing (none)")
@@ -166,7 +166,8 @@ PRESETS = {
                              log=2 * K, preview=14 * K, save=5 * K)),
         # Minutes on two CPU cores. In so short a training many small steps learn more than few large ones.
         ("ours", "embedder", dict(images=40 * K, lr=2e-3)),
-        ("ours", "prior joint", dict(SMALL_PRIOR, images=250 * K, batch=64, lr=2e-3, log=10 * K, save=50 * K)),
+        ("ours", "prior joint", dict(SMALL_PRIOR, images=250 * K, batch=64, lr=2e-3,
+                                     log=10 * K, save=50 * K)),
         ("ours", IMAGE, dict(SMALL_UNET, images=28 * K, batch=16, lr=4e-3, attention=(4,), snapshots=10 * K))
     ],
     "folder": [                                       # minutes on a CPU; on a GPU, give the U-Net more width
