@@ -418,7 +418,7 @@ class WorldFeatures(twosdm.SmallClip):
     label, resize, dims = "the world's own classifier (not comparable with Inception's)", "none", (64, 448)
 
     def __init__(self):
-        self.values = list(ATTRIBUTES.values())        # how many each attribute has
+        self.values = list(ATTRIBUTES.values())               # how many each attribute has
         super().__init__(sum(self.values), width=16)
 
     def features(self, images):

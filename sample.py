@@ -53,7 +53,7 @@ class Pipeline:
     caption = autoencoder = images = None             # of the methods and runs that have none
 
     def __init__(self, args, method, device, own_images=False):
-        self.args = args = replace(args)  # its own, to be completed
+        self.args = args = replace(args)                                      # its own, to be completed
         self.method, self.device = method, device
         self.batches = []                             # of each: seconds of stage 1, of stage 2, images
         self.precision = twosdm.set_precision(args.precision, device, auto="tf32")
@@ -430,7 +430,7 @@ def fill(folder, pipeline, job, batch):
     """Draws the images of a job that its folder lacks; of several processes, each a part of them."""
     cells = itertools.product(job.rows, range(job.columns))
     missing = [cell for cell in cells if not (folder / job.name.format(*cell)).exists()]
-    gather(None)                               # nobody draws before all have looked
+    gather(None)                                      # nobody draws before all have looked
     batches = [missing[i:i + batch] for i in range(0, len(missing), batch)]
     for cells in tqdm(batches[rank()::twosdm.processes()], desc=pipeline.method, unit=" batches"):
         rows, columns = map(list, zip(*cells))

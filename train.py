@@ -71,8 +71,8 @@ class TrainConfig:
     augment: float = option(0.0, "probability of each geometric augmentation", 0, 1)
     views: int = option(32, "augmented views per image that the prior is trained on", 1, K)
 
-    embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, the image at 4×4 pixels, or a small CLIP of "
-                           "the shapes", choices=("clip", "pixels", "shapes"), group="embedding")
+    embedder: str = option("clip", "what y is: OpenAI's CLIP ViT-B/32, the image at 4×4 pixels, or a small "
+                           "CLIP of the shapes", choices=("clip", "pixels", "shapes"), group="embedding")
     clip_weights: str = option("openai", "'openai' or another's that open_clip downloads, or a file")
     y: str = option("clip", "what of the embedding is used: all of it (clip), its first D principal "
                     "components (pca:D), which of K clusters it is in (kmeans:K), nothing (none)")
@@ -145,7 +145,7 @@ SMALL_PRIOR = dict(lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4)
 SMALL_UNET = dict(batch=32, width=24, mults=(1, 2, 2), blocks=1)
 PAPER_PRIOR = [
     ("authors", "prior", dict(batch=256, lr=1e-4)),
-    ("ours", "prior", dict(images=100 * M))        # the paper: a day on a V100
+    ("ours", "prior", dict(images=100 * M))           # the paper: a day on a V100
 ]
 PAPER_64 = [
     ("paper", EVERY, dict(resolution=64, augment=0.15)),
@@ -343,7 +343,7 @@ def new_parser(description, settings, epilog=None):
 # ============================================================================================================
 # 2 What each stage trains
 # ============================================================================================================
-ADAM = dict(betas=(0.9, 0.999), eps=1e-8)              # no weight decay
+ADAM = dict(betas=(0.9, 0.999), eps=1e-8)             # no weight decay
 
 
 def build(config, dim, classes, shape):
@@ -751,7 +751,7 @@ def train(config, device, data):
     """One stage, from its checkpoint if any; data() -> images, autoencoder. False if it was asked to stop."""
     path = run_folder(config) / "checkpoint.pt"
     checkpoint = twosdm.load_checkpoint(path, stage=config.stage) if path.exists() else None
-    gather(None)                               # no process writes before all have read
+    gather(None)                                      # no process writes before all have read
     if checkpoint:
         same_settings(checkpoint, config, path)
     if config.batch < processes():
@@ -772,7 +772,7 @@ def train(config, device, data):
         if isinstance(part, Denoiser):
             twosdm.compile_network(part.net, config.compile, device)
     finished = loop(stage)
-    gather(None)                               # what the first process saved is there for all
+    gather(None)                                      # what the first process saved is there for all
     if not finished:
         print(f"stopped at {stage.seen:,} images and saved {path}: the same command goes on from there",
               file=sys.stderr)

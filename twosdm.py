@@ -956,7 +956,7 @@ def resample(images, inverse, offset):
     """
     height, width = images.shape[2:]
     with torch.autocast(images.device.type, enabled=False):
-        up_y, down_y, at_y = filters(height, images.device)         # (2H + 10, H), (H, 2H + 10), (2H + 10,)
+        up_y, down_y, at_y = filters(height, images.device)               # (2H + 10, H), (H, 2H + 10), (2H + 10,)
         up_x, down_x, at_x = filters(width, images.device)
         fine = up_y @ images.float() @ up_x.T                           # (R, C, 2H + 10, 2W + 10)
         x = at_x - (width - 1) / 2 - offset[:, 0, None, None] * width                     # (R, 1, 2W + 10)
@@ -1591,7 +1591,7 @@ def locked(path, busy=""):
     """Holds a lock that ends with the process. Another's is waited for, or a UserError that says `busy`."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        with suppress(ImportError):        # Windows has no fcntl
+        with suppress(ImportError):                   # Windows has no fcntl
             import fcntl
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
