@@ -956,7 +956,7 @@ def resample(images, inverse, offset):
     """
     height, width = images.shape[2:]
     with torch.autocast(images.device.type, enabled=False):
-        up_y, down_y, at_y = filters(height, images.device)               # (2H + 10, H), (H, 2H + 10), (2H + 10,)
+        up_y, down_y, at_y = filters(height, images.device)         # (2H + 10, H), (H, 2H + 10), (2H + 10,)
         up_x, down_x, at_x = filters(width, images.device)
         fine = up_y @ images.float() @ up_x.T                           # (R, C, 2H + 10, 2W + 10)
         x = at_x - (width - 1) / 2 - offset[:, 0, None, None] * width                     # (R, 1, 2W + 10)
