@@ -51,7 +51,7 @@ K, M = 1_000, 1_000_000
 @dataclass
 class TrainConfig:
     """All that determines a training run. Presets change some of the defaults."""
-    stage: str = option("all", "what to train; all = whatever is missing, in this order",
+    stage: str = option("all", "what to train; all = embedder, prior, image, baseline, what of it is missing",
                         choices=("all", *STAGES, "joint"), group="what matters first")
     dataset: str = option("shapes", "the preset: the data set and the settings that go with it")
     data: str = option("", "folder or zip with the images (shapes draws its own, cifar10 is downloaded)")
@@ -83,7 +83,8 @@ class TrainConfig:
     prior_width: int = option(512, "width of the prior's tokens", 4, 2**14, group="prior")
     prior_depth: int = option(6, "number of transformer blocks of the prior", 1, K)
     prior_heads: int = option(8, "number of attention heads of the prior", 1, K)
-    prior_predicts: str = option("data", "the prior's output: y itself, or as EDM's networks (Departure)",
+    # Departure: "edm" is not in the paper; it shows what the choice of "data" does.
+    prior_predicts: str = option("data", "the prior's output: y itself, or as EDM's networks",
                                  choices=("data", "edm"))
 
     arch: str = option("ddpm++", "U-Net of the image model and the baseline", choices=tuple(ARCHITECTURES),
@@ -328,7 +329,7 @@ def new_parser(description, settings, epilog=None):
         if isinstance(default, tuple):
             default = ",".join(map(str, default))
         if default is not None:
-            help += f" (default: {'no' if default is False else default})"
+            help += f" (default: {'no' if default is False else default if default != '' else 'none'})"
         parsing = dict(dest=setting.name, help=help.replace("%", "%%"))
         if setting.type is bool:
             parsing["action"] = argparse.BooleanOptionalAction
@@ -827,8 +828,8 @@ def main():
     early.add_argument("--dataset", default="shapes")
     early.add_argument("--stage", default="all")
     known, _ = early.parse_known_args()
-    epilog = (f"The defaults are those of --dataset {known.dataset} --stage {known.stage} (all: image); "
-              f"others have others. Data sets: {', '.join(PRESETS)}.")
+    epilog = (f"These are the defaults of --dataset {known.dataset} --stage {known.stage} (all: of the image "
+              f"model); --dry-run shows each stage's. Data sets: {', '.join(PRESETS)}.")
     parser = new_parser(__doc__, configure(known.dataset, known.stage), epilog)
     parser.add_argument("--dry-run", action="store_true",
                         help="print every setting with its source, and parameter counts, as JSON")

@@ -115,7 +115,8 @@ class EMA:
     """Moving average of a network's weights, from which all samples come (EDM, Appendix F).
 
     beta = 0.5^(batch / max(min(half_life, ramp · images seen), 1e-8)): the half-life grows with the run, so
-    that early weights are forgotten early. (No network here has buffers that change.)
+    that the first, bad weights are soon forgotten; 1e-8 is for the first step. (No network here has buffers
+    that change.)
     """
 
     def __init__(self, net, half_life, ramp=0.05):
@@ -275,6 +276,7 @@ def to_uint8(images):
     if images.dtype == torch.uint8:
         return images
     assert images.is_floating_point(), f"images are uint8 or floats in [-1, 1], not {images.dtype}"
+    # 127.5 (x + 1), and 0.5 more, as the conversion rounds down.
     return (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
