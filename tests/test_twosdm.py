@@ -302,11 +302,12 @@ def test_clip_without_weights_is_an_error_that_says_how_to_get_them(tmp_path, mo
 
 @torch.no_grad()
 def test_clip_embeds_raw_from_a_local_file_after_bilinear_resizing(tmp_path):
-    """Random weights, in a file of the public format."""
+    """Random weights, in a file of the public format: half precision, as OpenAI has it."""
     import open_clip
     torch.manual_seed(0)
-    model = open_clip.create_model("ViT-B-32-quickgelu").eval()
+    model = open_clip.create_model("ViT-B-32-quickgelu").eval().half()
     torch.save(model.state_dict(), tmp_path / "clip.pt")
+    model.float()
     embedder = twosdm.ClipEmbedder(str(tmp_path / "clip.pt"))
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     large = (nn.functional.interpolate(x, (224, 224), mode="bilinear") + 1) / 2
