@@ -1108,8 +1108,9 @@ class Task:
         if self.args.images:
             return
         path = self.folder / "results.jsonl"
+        start = "\n" * path.exists()                          # ends a line even if a full disk has cut it
         with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")               # at once, when the file is closed
+            file.write(start + json.dumps(row))
 
 
 def find_pipelines(args, device):

@@ -579,8 +579,8 @@ class ClipEmbedder(nn.Module):
     """The paper's e_i: OpenAI's CLIP ViT-B/32 by open_clip, frozen.
 
     forward: (B, 3, H, W) in [-1, 1] -> (B, 512), rms about 0.44. Not L2-normalized: the elements of a unit
-    vector, 0.044 in size, would drown in the noise of the prior. `weights`: "openai" (open_clip downloads
-    them once, or has them in its cache), the path of a weights file, or None for random ones. UserError.
+    vector, 0.044 in size, would drown in the noise of the prior. `weights`: "openai" or another name, which
+    open_clip downloads once, the path of a weights file, or None for random ones. UserError.
     """
     name, dim = "clip", 512
 
@@ -1386,7 +1386,7 @@ def prepare_images(source, resolution, cache, skip_bad=False, autoencoder=None):
 
 def shapes_world(index, resolution, seed=0):
     """Images (N,) of the embedded world; the class is the shape."""
-    parts = tqdm(index.split(500), "drawing shapes", disable=len(index) * resolution**2 < 1e7)
+    parts = tqdm(index.split(500), "drawing shapes", leave=False)
     pixels = torch.cat([shapes_images(part, resolution, seed) for part in parts]).numpy()
     labels = shapes_attributes(index, seed)["shape"].numpy()
     return Images("shapes", pixels, hash_of(pixels), labels, SHAPES)

@@ -291,7 +291,8 @@ def finetune(tmp_path, call):
 
 
 @pytest.mark.parametrize("labels, a, theirs, ours", [
-    (0, "none", 0, 9), (0, "none", 9, 9), (0, "class", 0, 0), (5, "class", 9, 0), (5, "class", 9, 9)])
+    (0, "none", 0, 9), (0, "none", 9, 9), (0, "class", 0, 0), (0, "class", 9, 9),
+    (5, "class", 0, 9), (5, "class", 9, 0), (5, "class", 9, 9)])
 @pytest.mark.parametrize("arch", SIZES)
 def test_at_step_0_a_finetuned_net_equals_the_published_one_whatever_y_is(
         tmp_path, finetune, arch, labels, a, theirs, ours):

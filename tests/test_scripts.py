@@ -146,11 +146,12 @@ def exit_codes(processes):
 
 
 def test_two_processes_train_and_sample_what_one_does(trained, call, tmp_path):
-    flags = [*TINY, "--images", 24, "--log", 8, "--preview", 0, "--runs"]
-    assert call(train, *flags, "runs1", cwd=tmp_path)[0] == 0
-    assert exit_codes(start_two(train, *flags, "runs2", cwd=tmp_path)) == [0, 0]
+    for stage in ("all", "joint"):
+        flags = [*TINY, "--images", 24, "--log", 8, "--preview", 0, "--stage", stage, "--runs"]
+        assert call(train, *flags, "runs1", cwd=tmp_path)[0] == 0
+        assert exit_codes(start_two(train, *flags, "runs2", cwd=tmp_path)) == [0, 0]
     assert (tmp_path / "output").read_text().count("Next:") == 1
-    for stage in twosdm.STAGES:
+    for stage in (*twosdm.STAGES, "joint"):
         one, two = (losses_of(tmp_path / runs / "shapes" / stage) for runs in ("runs1", "runs2"))
         assert len(one) == 3
         assert (abs(two - one) <= np.array([1e-6, 1e-5]) * one).all()
