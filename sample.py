@@ -1,589 +1,574 @@
-"""Samples from trained models: prior -> embedding -> image (2SDM), or one of the methods it is compared with.
+"""Draws images with the trained models.
 
-    python sample.py                                 64 images of the newest runs, as PNGs and one grid
-    python sample.py --method baseline --n 1000      the EDM model without embeddings
-    python sample.py --method baseline --checkpoint edm-ffhq-64x64-uncond-vp.pkl      EDM's own
-    python sample.py --n 50000 --npz --out big       also `arr_0` (N, H, W, 3) uint8 for OpenAI's evaluator
-    python sample.py --interpolate                   rows share y, columns the image noise (Figs. 8 to 10)
-    python sample.py --same-y 8                      eight images of each embedding (Fig. 2)
-    python sample.py --like cat.png dog.jpg          variations of given images: y = e_i(image)
+    python sample.py                          64 images by every method that is trained, side by side
+    python sample.py --method 2sdm --n 50000
+    python sample.py --y kmeans:64            Class-cond: y is a cluster, drawn by its frequency
+    python sample.py --image-steps 17         fewer steps (Table 5)
+    python sample.py --snapshots              by every snapshot of the image model (Figs. 4 and 5)
+    python sample.py --same-y 8               rows of images that share y (Fig. 2)
+    python sample.py --interpolate 8          rows share y, columns the image noise (Figs. 8 to 10)
+    python sample.py --like cat.png dog.png   variations: y is the embedding of a given image
+    torchrun --nproc_per_node 8 -- sample.py --n 50000
 
-Image i depends on seed + i alone, but for rounding: not on the batch or the number of processes
-(torchrun -- sample.py ...). The same command again continues where it stopped. Standard output is the path of
-the grid; all else goes to standard error.
+Images go to samples/<dataset>/<method>[-flag=value...]/ and are named by their seeds; settings.json says how
+they were drawn. The same command again draws what is missing.
 """
-import functools
-import itertools
+import argparse
+import inspect
 import json
+import math
 import os
-import sys
-import tempfile
+import threading
 import time
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Callable, NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
-import train
 import twosdm
-from train import option
-from twosdm import (
-    Images, SampleNoise, UserError, fingerprint, gather, has_prior, image_noise, mix_seed, rank, reading,
-    run_name, save_picture, written)
+from twosdm import SampleNoise, Sampler, UserError, pick_numbers, rank
 
-METHODS = {"2sdm": "prior image", "oracle": "image", "baseline": "baseline", "joint": "joint"}
-RECORDED = "steps image_steps churn s_noise prompt guidance temperature".split()
+METHODS = {                                           # and the stages that each needs; the last draws images
+    "2sdm": ["prior", "image"],
+    "oracle": ["image"],
+    "baseline": ["baseline"],
+    "joint": ["joint"]
+}
+TITLES = {
+    "2sdm": "2SDM",
+    "oracle": "2SDM + oracle",
+    "baseline": "EDM",
+    "joint": "Overfit-2SDM"
+}
 
 
 # ============================================================================================================
-# 1 A method with its networks: seeds -> images
+# 1 A method with its networks: seeds -> y and a -> images
 # ============================================================================================================
 class Pipeline:
-    """A method with its networks: seeds -> images. Raises UserError if a run is missing or two do not fit.
+    """A method with its networks: `conditions` is stage 1, `render` stage 2; together they are Eq. 3.
 
-    2sdm: y ~ prior, x ~ image model. oracle: y is the embedding of a training image. baseline: no y at all.
-    joint: 2sdm, its networks and embedder trained together (Overfit-2SDM). With own_images, the oracle does
-    without the training images: the caller has others to `embed`.
+    2sdm: y is drawn by the prior or, if it is a cluster of embeddings, by the clusters' frequency (Class-cond
+    in the paper). oracle: y is the embedding of a training image. baseline: EDM, without y. joint: as 2sdm,
+    but prior, image model and embedder were trained together (Overfit-2SDM).
     """
-    caption = autoencoder = images = None             # of the methods and runs that have none
 
-    def __init__(self, args, method, device, own_images=False):
-        self.args = args = replace(args)                                      # its own, to be completed
-        self.method, self.device = method, device
-        self.batches = []                             # of each: seconds of stage 1, of stage 2, images
-        self.precision = twosdm.set_precision(args.precision, device, auto="tf32")
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        self.runs = find_checkpoints(args, method)                            # {stage: checkpoint}
-        self.networks = {}
-        for stage, run in self.runs.items():          # the last of which is that of the image model
-            with reading(run["file"], "train it again, or give another --checkpoint"):
-                self.networks[stage] = network = twosdm.load_denoiser(run, device)
-            run.pop("ema")                            # gigabytes, and no longer of use
-            twosdm.compile_network(network.net, args.compile, device)
-        self.prior, self.image_model, self.run = self.networks.get("prior"), network, run
-        self.file, self.config, self.data = run["file"], run["config"], run["data"]
-        self.seen, self.fingerprints = run["seen"], run["fingerprints"]
-        self.dataset, self.resolution = self.config.dataset, self.config.resolution
-        self.check()
+    def __init__(self, method, paths, args, device):
+        self.method = method
+        self.args = args
+        self.device = device
+        checkpoints = {stage: twosdm.load_checkpoint(path) for stage, path in paths.items()}
+        self.run = checkpoints[METHODS[method][-1]]                           # of the image model
+        self.config = SimpleNamespace(**self.run["config"])
         self.class_counts = self.count_classes()
-        args.steps = args.steps or self.config.steps
-        args.image_steps = args.image_steps or args.steps
-        args.churn = self.config.churn if args.churn is None else args.churn
-        self.sampler = twosdm.Sampler(args.steps, args.churn, s_noise=args.s_noise)
-        self.image_sampler = replace(
-            self.sampler, steps=args.image_steps, guidance=args.guidance)
-        if args.prompt:                               # a word that it does not know is said here
-            self.caption = self.embedder.text_condition([args.prompt])        # (1, A)
+        self.y_dim = self.run["models"]["image"]["settings"]["cond_dim"] - len(self.class_counts)
+        self.check(checkpoints)
+        steps = args.steps or self.config.steps
+        churn = self.config.churn if args.churn is None else args.churn
+        if args.interpolate:
+            churn = 0.0
+        self.sampler = Sampler(steps, churn)
+        self.image_sampler = Sampler(args.image_steps or steps, churn, guidance=args.guidance)
+        self.networks = {}
+        self.weights = {}
+        for checkpoint in checkpoints.values():
+            for part in checkpoint["models"]:         # prior, image or, of stage joint, both
+                network = twosdm.load_denoiser(checkpoint, part, device)
+                self.networks[part] = network
+                self.weights[part] = twosdm.fingerprint(network)
+                if args.compile:
+                    network.net.compile()
+        self.autoencoder = None
         if self.config.vae:
-            self.autoencoder = twosdm.Autoencoder(args.vae or self.config.vae).to(device)
-        if method == "oracle" and not own_images:
-            self.images = training_images(args, self.config, self.fingerprints["images"], self.autoencoder)
-
-    def check(self):
-        """Raises UserError for networks that do not fit each other, and for flags that they cannot follow."""
-        args, prior, a = self.args, self.runs.get("prior", {}), self.config.a
-        if prior:
-            a = prior["config"].a
-            # Captions are for priors alone.
-            told = prior["fingerprints"], a.replace("text", "none")
-            if told != (self.fingerprints, self.config.a):
-                raise UserError(f"{prior['file']} and {self.file} were trained on different images or "
-                                f"embeddings or with different classes: train both with the same settings "
-                                f"(but the image model with --a none if the prior has --a text)")
-        if (a == "text") != bool(args.prompt):
-            raise UserError("--prompt needs a prior that knows captions, and such a prior needs a --prompt: "
-                            "python train.py --stage prior --a text")
-        if args.temperature != 1 and "y_mean" not in prior:
-            raise UserError("--temperature is for --method 2sdm, with a prior of its own")
-        if args.guidance != 1 and not self.config.y_dropout:
-            raise UserError("--guidance needs an image model that sometimes was not told y: train.py --stage "
-                            "image --y-dropout 0.1 --tag guided, then --checkpoint FOLDER/checkpoint.pt")
+            self.autoencoder = twosdm.Autoencoder(self.config.vae).to(device)
+        self.embedder = None
+        self.images = None
+        if method == "oracle":
+            self.embedder = twosdm.unpack_embedder(self.run["embedder"], args.embedder_weights).to(device)
+            if not args.like:
+                self.images = self.training_images()
+                self.chances = np.ones(len(self.images))                      # of each to give its embedding
+                if args.class_ is not None:
+                    self.chances = self.images.labels == args.class_
 
     def count_classes(self):
-        """How often each class is to come: (A,), as in the training set or, with --class, only that one."""
-        counts = self.data["class_counts"] if self.config.a == "class" else []
-        label = self.args.class_
-        if label is None:
+        """How often each class is to come: as in the training set or, with --class, only that one."""
+        counts = []
+        if self.config.a == "class":
+            counts = self.run["class_counts"] or [1] * len(self.run["classes"])
+        only = self.args.class_
+        if only is None:
             return counts
-        if not sum(counts[label:label + 1]):          # such a class has no images, or there is none
-            names = ", ".join(map("{} {}".format, range(len(counts)), self.data["classes"]))[:300]
-            raise UserError(f"--class {label}: the classes are "
-                            f"{names or f'none, as {self.file} was trained without classes (--a class)'}")
-        return [int(i == label) for i in range(len(counts))]
+        if only >= len(counts):
+            raise UserError(f"--class {only}: this model knows {len(counts)} classes, from 0")
+        return [int(i == only) for i in range(len(counts))]
 
-    @functools.cached_property
-    def embedder(self):
-        """e_i, loaded when it is first asked for, since 2SDM draws without it; None without y."""
-        if self.run["embedder"] is None:
-            return None
-        weights = self.args.clip_weights or self.config.clip_weights
-        with reading(self.file, "train it again, or give another --checkpoint"):
-            return twosdm.unpack_embedder(self.run["embedder"], weights).to(self.device)
+    def check(self, checkpoints):
+        """Raises UserError for checkpoints that do not fit each other, and for flags that do not fit them."""
+        args = self.args
+        prior = checkpoints.get("prior")
+        if prior is not None and what_is_known(prior) != what_is_known(self.run):
+            raise UserError("prior and image model were trained on other images, embeddings or classes: give "
+                            "two of the same settings, with their --y")
+        if self.method == "oracle" and self.y_dim == 0:
+            raise UserError("the oracle needs an image model that is told y: give another --y")
+        if args.guidance != 1 and ("image" not in checkpoints or not self.config.y_dropout):
+            raise UserError("--guidance needs an image model that sometimes was not told y: python train.py "
+                            "--stage image --y-dropout 0.1")
+        if args.interpolate and prior is None and self.method != "joint":
+            raise UserError("--interpolate needs a prior: give --method 2sdm or joint, and --y all or pca:D")
+
+    def training_images(self):
+        """The images that the image model was trained on, from whose embeddings the oracle chooses."""
+        config = SimpleNamespace(**self.run["config"])
+        config.runs = self.args.runs
+        config.data = self.args.data or config.data
+        images = twosdm.load_images(config)
+        name = self.run["identity"]["images"]
+        if images.name != name:
+            raise UserError(f"the model was trained on {name}, but these are {images.name}: give its --data")
+        return images
 
     @torch.no_grad()
     def conditions(self, seeds, noise=None):
-        """Stage 1: (B,) seeds -> y (B, D) and a (B, A), either of them None if the method has none.
+        """Stage 1: (B,) seeds -> y (B, D) and a (B, A), None where the method has none.
 
-        `noise` takes the place of the prior's own noise of these seeds.
+        noise: for the prior, in place of the seeds' own.
         """
-        y, a, counts = None, None, self.class_counts
-        if self.images:                                                       # the oracle
-            label, labels = self.args.class_, self.images.labels
-            rows = pick("image", seeds, [1] * len(self.images) if label is None else labels == label)
-            y = self.embed(self.images, rows)
-        if counts:
-            a = self.one_hot(labels[rows] if self.images else pick("class", seeds, counts), counts)
-        if self.prior:
-            y = self.sample_prior(noise or SampleNoise(seeds, self.device), a)
-        elif self.method == "2sdm" and self.run["embedder"]:                  # Class-cond
-            counts = self.run["embedder"]["reduction"]["counts"].tolist()
-            y = self.one_hot(pick("cluster", seeds, counts), counts)
+        y = None
+        a = None
+        if self.images is not None:                                           # the oracle
+            rows = pick_numbers(seeds, self.chances, twosdm.ORACLE)
+            y = self.embedder(self.images.batch(rows, self.device))
+        if self.class_counts:
+            labels = pick_numbers(seeds, self.class_counts, twosdm.CLASS)
+            if self.images is not None:
+                labels = self.images.labels[rows]
+            a = self.one_hot(labels, len(self.class_counts))
+        if "prior" in self.networks:
+            if noise is None:
+                noise = SampleNoise(seeds, self.device, twosdm.PRIOR)
+            y = twosdm.sample_embeddings(self.networks["prior"], noise, a, self.sampler)          # p(y | a)
+        elif self.method == "2sdm" and self.y_dim:                            # Class-cond
+            counts = self.run["embedder"]["reduction"]["counts"]
+            y = self.one_hot(pick_numbers(seeds, counts, twosdm.CLUSTER), len(counts))
         return y, a
 
-    def sample_prior(self, noise, a):
-        """Eq. 2: y ~ p(y | a), where a is the class or the caption: noise of B rows -> (B, D)."""
-        if self.caption is not None:
-            a = self.caption.expand(len(noise), -1)
-        with self.autocast:
-            y = twosdm.sample_embeddings(self.prior, noise, a, self.sampler)
-        if self.args.temperature != 1:
-            y = self.runs["prior"]["y_mean"].to(y).lerp(y, self.args.temperature)
-        check_finite(y, self.runs["prior"]["file"])
-        return y
+    def one_hot(self, numbers, classes):
+        return torch.eye(classes, device=self.device)[numbers]                # (B,) -> (B, classes)
 
     @torch.no_grad()
     def render(self, noise, y, a):
-        """Stage 2: x ~ p(x | y, a), noise of B rows and what `conditions` gives -> (B, R, R, 3) uint8."""
-        with self.autocast:
-            x = twosdm.sample_images(self.image_model, noise, y, a, self.image_sampler)
-        if self.autoencoder:
+        """Stage 2: noise of B rows, and y and a as `conditions` gives them -> (B, R, R, 3) uint8."""
+        # The prior, which predicts y itself, computes in float32.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            x = twosdm.sample_images(self.networks["image"], noise, y, a, self.image_sampler)  # p(x | y, a)
+        if self.autoencoder is not None:
             x = self.autoencoder.decode(x)
-        check_finite(x, self.file)
+        if not x.isfinite().all():
+            raise UserError("the samples are not finite: give --precision fp32, or an earlier snapshot by "
+                            "--checkpoint")
         return twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
 
-    def __call__(self, seeds):
-        """Eq. 3, both stages: (B,) whole numbers -> (B, R, R, 3) uint8."""
-        began = time.perf_counter()
-        y, a = self.conditions(seeds)
-        between = time.perf_counter()                 # with a prior, `check_finite` has waited for the device
-        pixels = self.render(image_noise(seeds, self.device), y, a)
-        self.batches.append((between - began, time.perf_counter() - between, len(pixels)))
-        return pixels
-
-    @torch.no_grad()
-    def embed(self, images, rows):
-        """y = e_i(x) of rows (B,) of a set of images -> (B, D); None without y."""
-        return self.embedder and self.embedder(images.batch(rows, self.device))
-
-    def one_hot(self, numbers, counts):
-        """The rows of as many classes as there are counts: (B,) -> (B, A)."""
-        return torch.eye(len(counts), device=self.device)[numbers]
-
-    def describe(self):
-        """What the images depend on, for the record."""
-        args, runs = self.args, self.runs.items()
-        return dict(
-            {name: vars(args)[name] for name in RECORDED}, label=args.class_,
-            sampler="Algorithm 2, streams by name", device=self.device.type, method=self.method,
-            dataset=self.dataset, arithmetic=self.precision, y=self.config.y,
-            y_dim=(self.run["embedder"] or dict(dim=0))["dim"],
-            train_seed=self.seen and self.config.seed,         # a published network does not tell it
-            tags=[f"{stage} {run['config'].tag}" for stage, run in runs if run["config"].tag],
-            vae=self.autoencoder and fingerprint(self.autoencoder),
-            fingerprints=self.fingerprints, images_seen={stage: run["seen"] for stage, run in runs},
-            networks={stage: fingerprint(network) for stage, network in self.networks.items()})
-
-    def timing(self):
-        """What this pipeline has measured of itself (Table 5), or None if it has drawn nothing.
-
-        The first of several batches is left out: it warms up caches, kernels and clocks.
-        """
-        if self.batches:
-            prior, image, images = np.sum(self.batches[1:] or self.batches, 0)
-            device = f"{self.device.type}, {torch.get_num_threads()} threads"
-            if self.device.type == "cuda":
-                device = torch.cuda.get_device_name(self.device)
-            return dict(ms_per_image=1000 * (prior + image) / images, prior_share=prior / (prior + image),
-                        images=int(images), batch=self.args.batch, device=device)
+    def settings(self):
+        """All that determines the image of a seed, and what tables and figures say of it."""
+        args = self.args
+        return {
+            "method": self.method,
+            "dataset": args.dataset,
+            "tag": args.tag,
+            "seed": args.seed,
+            "class": args.class_,
+            "like": args.like,
+            "y": self.config.y if self.y_dim else "none",
+            "y_dim": self.y_dim,
+            "steps": self.sampler.steps,
+            "image_steps": self.image_sampler.steps,
+            "churn": self.sampler.s_churn,
+            "guidance": args.guidance,
+            "precision": args.precision,
+            "compile": args.compile,
+            "device": self.device.type,               # each kind has random numbers of its own
+            "weights": self.weights,
+            "images_seen": self.run["seen"],
+            "train_seed": self.config.seed,
+            "finetuned": bool(self.config.init_from),
+            "images": self.run["identity"]["images"],
+            "config": self.run["config"]
+        }
 
 
-def training_images(args, config, expected=None, autoencoder=None):
-    """The images that a run, or a preset, is trained on. Raises UserError for another fingerprint."""
-    config = replace(config, runs=args.runs, data=args.data or config.data)
-    images = twosdm.load_images(config, autoencoder)
-    if expected not in (None, images.fingerprint):
-        raise UserError("the training images are not those of the run: give its own with --data")
-    return images
-
-
-def pick(stream, seeds, counts):
-    """Per seed a number i with probability counts[i] / sum(counts): (B,)."""
-    ends = np.cumsum(counts)
-    positions = [mix_seed(stream, seed) % ends[-1] for seed in seeds]
-    return np.searchsorted(ends, positions, side="right")
-
-
-def check_finite(samples, file):
-    if not samples.isfinite().all():
-        raise UserError(f"{file} gives samples that are not finite: try --precision fp32, or an earlier "
-                        f"snapshot with --checkpoint")
+def what_is_known(checkpoint):
+    """What prior and image model must know alike: the images, whether their classes, and the embedder."""
+    embedder = checkpoint["embedder"] or {}
+    reduction = embedder.get("reduction", {})         # such as the axes of a PCA
+    numbers = [tensor.numpy() for tensor in reduction.values()]
+    images = checkpoint["identity"]["images"]
+    return images, checkpoint["config"]["a"], embedder.get("fingerprint"), twosdm.hash_of(*numbers)
 
 
 # ============================================================================================================
-# 2 What to draw: independent images, an interpolation, variations
+# 2 What to draw: tables of images, whose rows share y and a
 # ============================================================================================================
-def slerp(start, end, way):
-    """From start (...) to end (...) by way (T,) in [0, 1] -> (T, ...): way 0 and 1 give the ends, to the bit.
+class Samples:
+    """A row for each seed: an image or, with --same-y K, K images of one y (Fig. 2).
 
-    Directions move along the great circle, lengths in proportion. Gaussian noise of many dimensions lies on a
-    sphere; halfway along a straight line it would be shorter by 30%, which no denoiser has ever seen.
+    With --like, a row for each given image: y is its embedding.
     """
-    ends = torch.stack([start, end]).cpu().double().flatten(1)                # Apple's GPU has no float64
-    way = torch.as_tensor(way, dtype=torch.float64)
-    shares = torch.stack([1 - way, way], dim=1)                               # (T, 2)
-    lengths = ends.norm(dim=1, keepdim=True)                                  # (2, 1)
-    directions = F.normalize(ends)
-    # Between parallel ends there is no one circle: clipped, they are not quite parallel.
-    angle = directions.prod(dim=0).sum().clip(-1 + 1e-12, 1 - 1e-12).acos()
-    turned = (shares * angle).sin() @ directions / angle.sin()
-    between = shares @ lengths * turned
-    return between.unflatten(1, start.shape).to(start)           # rounded to float32, the ends are exact
+    given = None
+
+    def __init__(self, pipeline, args):
+        self.pipeline = pipeline
+        self.columns = args.same_y or 1
+        count = math.ceil(args.n / self.columns)
+        if args.like:
+            self.columns = args.same_y or 8
+            pixels = twosdm.ImageFiles(".", pipeline.config.resolution, args.like)[:]
+            self.given = twosdm.Images("given", pixels)
+            count = len(pixels)
+        self.rows = range(args.seed, args.seed + count)                       # seeds
+
+    def draw(self, rows, column):
+        """(B,) seeds, a column -> (B, R, R, 3) uint8. The first column is what the seeds give alone."""
+        device = self.pipeline.device
+        y, a = self.pipeline.conditions(rows)
+        if self.given is not None:
+            y = self.pipeline.embedder(self.given.batch(np.array(rows) - self.rows[0], device))
+        stream = twosdm.IMAGE
+        if column > 0:
+            stream = twosdm.FURTHER + column - 1
+        return self.pipeline.render(SampleNoise(rows, device, stream), y, a)
 
 
-@dataclass
-class NoiseBetween(SampleNoise):
-    """A Sampler's noise on the way between two seeds (Appendix C): row i at way[i] in [0, 1].
+class Interpolation:
+    """--interpolate N, Appendix C: y changes from row to row, the image noise from column to column.
 
-    `ends` is the noise of the two seeds. Rows at 0 and 1 are theirs, to the bit.
+    Two corners are the images of two seeds. There is no churn, as it would bring noise of its own.
     """
+    given = None
 
-    ends: SampleNoise
-    way: torch.Tensor
+    def __init__(self, pipeline, args):
+        self.pipeline = pipeline
+        self.columns = args.interpolate
+        self.rows = range(args.interpolate)
+        self.seed = args.seed
+        self.way = torch.linspace(0, 1, args.interpolate, device=pipeline.device)
+        noise = NoiseBetween(self.seed, twosdm.PRIOR, self.way)
+        same_class = [self.seed] * args.interpolate
+        self.y, self.a = pipeline.conditions(same_class, noise)               # (N, D), (N, A)
+
+    def draw(self, rows, column):
+        """(B,) rows, a column -> (B, R, R, 3) uint8."""
+        noise = NoiseBetween(self.seed, twosdm.IMAGE, self.way[[column] * len(rows)])
+        a = None if self.a is None else self.a[rows]
+        return self.pipeline.render(noise, self.y[rows], a)
+
+
+class NoiseBetween:
+    """Noise on the great circle between that of a seed and of the next (slerp): row i at way[i] in [0, 1].
+
+    Gaussian noise of many dimensions lies on a sphere. Halfway along a straight line it would be shorter by
+    30 %, which no denoiser has ever seen.
+    """
+    randn_like = None                                 # without churn, no other noise is drawn
+
+    def __init__(self, seed, stream, way):
+        self.ends = SampleNoise([seed, seed + 1], way.device, stream)
+        self.way = way
 
     def __len__(self):
         return len(self.way)
 
     def randn(self, *shape):
         """randn(B, ...) -> (B, ...) float32."""
-        return slerp(*self.ends.randn(2, *shape[1:]), self.way)
-
-
-class Job(NamedTuple):
-    """A table of images, in which those of a row share y and a."""
-    rows: range
-    columns: int
-    name: str                       # of the file of a row and a column, to be formatted
-    inputs: Callable                # rows [B], columns [B] -> what Pipeline.render takes
-    recorded: dict                  # what the images depend on beside Pipeline.describe()
-    given: Images | None = None       # images that come first in their rows
-
-
-def samples(pipeline, args):
-    """Images of the y of each seed, or (--like) of each given image: one of each or, with --same-y, K."""
-    columns, given, recorded = args.same_y or 1, None, dict(same_y=bool(args.same_y))
-    rows = -(-(args.n or 64) // columns)              # rounded up
-    if args.like:
-        given, columns = read_images(args.like, pipeline.resolution), args.same_y or 8
-        rows, recorded = len(given), dict(like=given.fingerprint, seed=args.seed)
-
-    def inputs(rows, columns):
-        y, a = pipeline.conditions(rows)
-        if given:
-            y = pipeline.embed(given, np.subtract(rows, args.seed))
-        # The first image of a row is what its seed alone would give; the others do not depend on K.
-        seeds = [mix_seed("variation", seed, column) if column else seed
-                 for seed, column in zip(rows, columns)]
-        return image_noise(seeds, pipeline.device), y, a
-
-    name = "{:06d}-{:02d}.png" if args.like or args.same_y else "{:06d}.png"
-    return Job(range(args.seed, args.seed + rows), columns, name, inputs, recorded, given)
-
-
-def interpolation(pipeline, args):
-    """--interpolate N, Appendix C: y changes from row to row, the image noise from column to column."""
-    side, ends, device = args.interpolate, [args.seed, args.seed + 1], pipeline.device
-    way = torch.linspace(0, 1, side, dtype=torch.float64)
-    noise = NoiseBetween(SampleNoise(ends, device), way)
-    y, a = pipeline.conditions([args.seed] * side, noise)                     # of one class, the first seed's
-    if args.slerp == "y":
-        y = slerp(y[0], y[-1], way)                                           # (N, D)
-
-    def inputs(rows, columns):
-        noise = NoiseBetween(image_noise(ends, device), way[columns])
-        return noise, y[rows], a if a is None else a[rows]
-
-    recorded = dict(interpolate=side, slerp=args.slerp, seed=args.seed)
-    return Job(range(side), side, "row{:02d}-column{:02d}.png", inputs, recorded)
+        start, end = self.ends.randn(2, *shape[1:])
+        angle = torch.cosine_similarity(start.flatten(), end.flatten(), dim=0).acos()
+        way = twosdm.per_example(self.way, start[None])                       # (B, 1, ..., 1)
+        between = ((1 - way) * angle).sin() * start + (way * angle).sin() * end
+        return between / angle.sin()
 
 
 # ============================================================================================================
-# 3 Finding the runs
+# 3 Folders of images
 # ============================================================================================================
-def newest(args, *names):
-    """The checkpoint trained last of runs of these names, of --dataset if it is given; None without any."""
-    found = [path for name in names
-             for path in Path(args.runs).glob(f"{args.dataset or '*'}/{name}/checkpoint.pt")]
-    return max(found, key=os.path.getmtime, default=None)
+def open_folder(folder, settings):
+    """Begins a folder's settings.json, or goes on with it -> its content. UserError for other settings."""
+    settings = json.loads(json.dumps(settings))       # as they will be read: lists in place of tuples
+    path = folder / "settings.json"
+    known = settings
+    if path.exists():
+        known = json.loads(path.read_text())
+    other = [name for name in settings if name != "n" and known.get(name) != settings[name]]
+    if other:
+        raise UserError(f"{folder} holds images of other settings or of an earlier training, which differ in "
+                        f"{', '.join(other)}: move it away, or give another --samples folder")
+    known["n"] = max(known["n"], settings["n"])
+    write_settings(folder, known)
+    return known
 
 
-def same_dataset(args):
-    """Without --dataset: the one whose image model or baseline was trained last, for all stages alike."""
-    if not args.dataset and not args.checkpoint:
-        path = newest(args, run_name("image", args.y or "clip"), "baseline", "joint")
-        args.dataset = path and path.parts[-3]
+def write_settings(folder, settings):
+    with twosdm.written(folder / "settings.json") as file:
+        file.write(json.dumps(settings, indent=1).encode())
 
 
-def find_run(args, stage, y=None):
-    """The newest checkpoint of a stage (for this y) below args.runs, of args.dataset if it is given."""
-    y = y or args.y or "clip"
-    twosdm.check_y(y)
-    a = "text" if stage == "prior" and args.prompt else "none"
-    name = run_name(stage, y, a)
-    path = newest(args, name)
-    if path is None:
-        raise UserError(f"{args.runs} has no trained '{name}' of --dataset {args.dataset or 'any'}: run "
-                        f"python train.py first (for this alone: --stage {stage} --y {y} --a {a}), or say "
-                        f"with --runs where it is")
-    return path
+def list_files(folder, table):
+    """{(row, column): file} of a table of images, row by row."""
+    files = {}
+    for row in table.rows:
+        for column in range(table.columns):
+            place = f"-{column:02d}" if table.columns > 1 else ""
+            files[row, column] = folder / f"{row:06d}{place}.png"
+    return files
 
 
-def load(path, stage=None):
-    """A checkpoint by train.py, with its file's name; EDM's .pkl files are baselines."""
-    edm = str(path).endswith(".pkl")
-    checkpoint = twosdm.edm_checkpoint(path) if edm else twosdm.load_checkpoint(path, stage)
-    with reading(path, "give the checkpoint of a network that this version trained"):
-        config = train.TrainConfig(**checkpoint["config"])
-    return dict(checkpoint, file=path, config=config, net=None, optimizer=None)         # gigabytes of no use
+def draw_missing(table, files, batch, name):
+    """Draws the images whose files are missing -> seconds and number of images of each batch.
 
-
-def load_given(paths, methods=()):
-    """{stage: checkpoint} of the files of --checkpoint, each of use to one of the methods (none: to any)."""
-    useful, given = {stage for method in methods or METHODS for stage in METHODS[method].split()}, {}
-    for path in paths or ():
-        checkpoint = load(path)
-        stage = checkpoint.get("stage")
-        if stage in given or stage not in useful:
-            raise UserError(f"{path} is of the stage {stage}: give --checkpoint at most one file of each of "
-                            f"the stages that --method {' '.join(methods or METHODS)} has")
-        given[stage] = checkpoint
-    return given
-
-
-def find_checkpoints(args, method):
-    """{stage: checkpoint} of a method's networks: those given, and for the others the newest."""
-    given, y, stages = load_given(args.checkpoint, args.method), args.y or "clip", METHODS[method].split()
-    if "image" in given:
-        y = given["image"]["config"].y
-    if args.y and (args.y != y or "image" not in stages):
-        raise UserError(f"--y {args.y} does not fit --method {method} or --checkpoint: leave one of them out")
-    # The others are of the same data set.
-    args.dataset = args.dataset or next(
-        (run["config"].dataset for run in given.values() if run["seen"]), None)
-    if method == "2sdm" and not has_prior(y) and "prior" not in given:
-        stages = ["image"]                            # clusters are drawn by their frequency: Class-cond
-    found = {stage: given.get(stage) or load(find_run(args, stage, y), stage) for stage in stages}
-    if method == "joint":
-        return {stage: part_of(found["joint"], stage) for stage in ("prior", "image")}
-    return found
-
-
-def part_of(joint, stage):
-    """What would be the checkpoint of the prior or of the image model, out of that of the joint stage."""
-    weights = {name.removeprefix(f"{stage}."): tensor for name, tensor in joint["ema"].items()
-               if name.startswith(f"{stage}.")}
-    return dict(joint, model=joint["model"][stage], ema=weights, embedder=None)
-
-
-# ============================================================================================================
-# 4 Files
-# ============================================================================================================
-def open_folder(out, settings, default):
-    """A folder for samples of these settings (bytes): new, or one that holds the same. Never another's."""
-    numbered = (Path(f"{default}-{i}" if i > 1 else default) for i in itertools.count(1))
-    for folder in [Path(out)] if out else numbered:
-        folder.mkdir(parents=True, exist_ok=True)
-        record = folder / "settings.json"
-        if not any(folder.glob("[!.]*")):             # new, or its record failed
-            with written(record) as file:
-                file.write(settings)
-        if record.is_file() and record.read_bytes() == settings:
-            return folder
-    raise UserError(f"{out} holds something else already: give another --out")
-
-
-def read_images(paths, resolution):
-    """Image files, treated as training images are -> Images."""
-    pixels = []
-    for path in paths:
-        with reading(path, "--like needs image files"):
-            pixels.append(twosdm.read_square(Path(path).read_bytes(), resolution))
-    pixels = np.stack(pixels)
-    return Images("given", pixels, twosdm.hash_of(pixels))
-
-
-def fill(folder, pipeline, job, batch):
-    """Draws the images of a job that its folder lacks; of several processes, each a part of them."""
-    cells = itertools.product(job.rows, range(job.columns))
-    missing = [cell for cell in cells if not (folder / job.name.format(*cell)).exists()]
-    gather(None)                                      # nobody draws before all have looked
-    batches = [missing[i:i + batch] for i in range(0, len(missing), batch)]
-    for cells in tqdm(batches[rank()::twosdm.processes()], desc=pipeline.method, unit=" batches"):
-        rows, columns = map(list, zip(*cells))
-        pixels = pipeline.render(*job.inputs(rows, columns))
-        for cell, image in zip(cells, pixels):
-            save_picture(folder / job.name.format(*cell), image)
-    gather(None)
-
-
-def grid(job, folder):
-    """The first 64 rows of a job's images as one picture; rows of one image stand side by side."""
-    shown = []
-    for i, row in enumerate(job.rows[:64]):
-        if job.given:
-            shown.append(job.given.pixels[i])
-        paths = [folder / job.name.format(row, column) for column in range(job.columns)]
-        shown += [np.asarray(Image.open(path)) for path in paths]
-    width = job.columns + bool(job.given)
-    return twosdm.image_grid(np.stack(shown), width if width > 1 else 8)
-
-
-def write_npz(folder):
-    """samples.npz: a folder's images as `arr_0` (N, R, R, 3) uint8 in the order of their `seeds` (N,).
-
-    By way of a file: memory does not grow with N.
+    Of several processes, each draws a part of the batches.
     """
-    seeds = sorted(int(path.stem) for path in folder.glob("[0-9]*.png"))
-    path = folder / "samples.npz"
-    with written(path) as fresh, tempfile.TemporaryFile(dir=folder) as file:
-        for seed in tqdm(seeds, desc=path.name, unit=" images"):
-            image = np.asarray(Image.open(folder / f"{seed:06d}.png"))
-            file.write(image)
-        file.flush()
-        np.savez(fresh, arr_0=np.memmap(file, np.uint8).reshape(-1, *image.shape), seeds=seeds)
+    batches = []                                      # rows of one column
+    for column in range(table.columns):
+        rows = [row for row in table.rows if not files[row, column].exists()]
+        for start in range(0, len(rows), batch):
+            batches.append((rows[start:start + batch], column))
+    twosdm.wait_for_all()                             # nobody draws before all have looked
+    batches = batches[rank()::twosdm.processes()]
+    total = sum(len(rows) for rows, _ in batches)
+
+    device = table.pipeline.device
+    at_once = 1
+    if table.pipeline.config.threads and device.type == "cpu":
+        # Small networks do not keep several threads busy. Several batches do.
+        torch.set_num_threads(1)
+        at_once = os.cpu_count()
+    turns = threading.Semaphore(at_once)
+    times = []
+
+    def draw(batch):
+        rows, column = batch
+        if device.type == "cuda":
+            torch.cuda.set_device(device)             # which is each thread's own
+        with turns:
+            start = time.perf_counter()
+            pixels = table.draw(rows, column)         # in memory: the GPU has finished
+            times.append([time.perf_counter() - start, len(rows)])
+        for row, picture in zip(rows, pixels):
+            twosdm.save_picture(files[row, column], picture)
+        return len(rows)
+
+    # One thread more than there are turns: it writes pictures while the next ones are drawn.
+    with ThreadPoolExecutor(at_once + 1) as threads, twosdm.progress(what=name, total=total) as bar:
+        for count in threads.map(draw, batches):
+            bar.update(count)
+    twosdm.wait_for_all()
+    return times
+
+
+def timing(times, batch, device):
+    """What Table 5 shows. The first batch is left out: it warms up the device."""
+    seconds, images = np.sum(times[1:], axis=0)
+    name = "CPU"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return dict(ms_per_image=1000 * seconds / images, batch=batch, device=name, images=int(images))
+
+
+def draw_method(method, paths, args, device):
+    """Draws what the folder of a method with these checkpoints lacks -> the images that its grid shows."""
+    pipeline = Pipeline(method, paths, args, device)
+    table = Interpolation(pipeline, args) if args.interpolate else Samples(pipeline, args)
+    name = folder_name(method, args)
+    snapshot = paths[METHODS[method][-1]].stem.replace("checkpoint", "")
+    if snapshot:
+        name += "-" + snapshot
+    folder = Path(args.samples, args.dataset, name)
+    files = list_files(folder, table)
+    settings = dict(pipeline.settings(), name=name, snapshot=snapshot, columns=table.columns, n=len(files))
+    if rank() == 0:
+        settings = open_folder(folder, settings)
+    times = draw_missing(table, files, args.batch, name)
+    if rank() > 0:
+        return None
+    if len(times) > 1:
+        measured = timing(times, args.batch, device)
+        # A few images that were missing do not replace the time of many.
+        if measured["images"] > settings.get("timing", {"images": 0})["images"]:
+            settings["timing"] = measured
+            write_settings(folder, settings)
+    drawn = twosdm.ImageFiles(folder, pipeline.config.resolution, [file.name for file in files.values()])
+    if args.npz:
+        with twosdm.written(folder / "samples.npz") as file:
+            np.savez(file, arr_0=drawn[:])
+    width = table.columns if table.columns > 1 else 8
+    shown = drawn[:8 * width]
+    if table.given is not None:                       # each before its variations
+        shown = np.insert(shown, np.arange(0, len(shown), width), table.given.pixels[:8], axis=0)
+        width += 1
+    twosdm.save_picture(folder / "grid.png", twosdm.image_grid(shown, width), least=512)
+    print(folder / "grid.png")
+    return shown
 
 
 # ============================================================================================================
-# 5 The command line
+# 4 The command line
 # ============================================================================================================
 @dataclass
-class SamplingFlags:
-    """The flags of everything that samples; evaluate.py has them, too."""
-    y: str = option(None, "which variant of prior and image model: clip, pca:D, kmeans:K, none (default: "
-                    "clip)", group="which runs")
-    runs: str = option("runs", "folder of all runs")
-    dataset: str = option(None, "whose runs to take (default: those trained last)", choices=train.PRESETS)
-    checkpoint: list = option(None, "checkpoints of prior, image model or baseline, in place of the newest; "
-                              "EDM's published .pkl files serve as baseline (default: none)", nargs="+")
-    data: str = option(None, "the training images, for the oracle (default: where they were)")
-    clip_weights: str = option(None, "CLIP's weights, for the oracle (default: where they were)")
-    vae: str = option(None, "Stable Diffusion's VAE, for latent models (default: where it was)")
-
-    seed: int = option(0, "image i is drawn from seed + i", 0, 2**31, group="sampling")
-    steps: int = option(None, "sampling steps of prior and image model (default: the run's preset)", 2)
-    image_steps: int = option(None, "steps of the image model alone (default: as --steps)", 2)
-    churn: float = option(None, "S_churn; 0 = deterministic (default: the run's preset)", 0)
-    s_noise: float = option(1.007, "S_noise of the churn", 0)
-    class_: int = option(None, "draw this class alone (default: as in the data)", 0, metavar="N")
-    prompt: str = option(None, 'a caption, such as "three red stars on a blue background", for priors '
-                         "trained with --a text (default: none)")
-    guidance: float = option(1.0, "classifier-free guidance on y; 1 = none, otherwise the model must have "
-                             "been trained with --y-dropout", 0)
-    temperature: float = option(1.0, "scales the prior's embeddings about their mean in the training set", 0)
-
-    batch: int = option(64, "images drawn at a time", 1, 2**20, group="machine and files")
-    device: str = option("auto", "auto = cuda, else mps, else cpu")
-    precision: str = option("auto", "of the networks; auto = tf32 on cuda, else fp32",
-                            choices=("auto", *train.PRECISIONS))
-    compile: bool = option(False, "torch.compile the networks, which pays for thousands of images on cuda")
-
-
-@dataclass
-class DrawingFlags:
-    """What sample.py draws."""
-    method: list = option(None, "what draws it (default: 2sdm)", choices=METHODS, group="what to draw",
-                          nargs=1)
-    n: int = option(None, "number of images, with --same-y rounded up to whole rows (default: 64)", 1)
-    interpolate: int = option(None, "an N×N grid between two embeddings and two noises, those of the seed "
-                              "and the next; without churn (default: no; without N: 8)", 2, 256,
-                              nargs="?", const=8, metavar="N")
-    slerp: str = option("noise", "what --interpolate turns from one embedding into the other: the prior's "
-                        "noise, or y itself", choices=("noise", "y"))
-    same_y: int = option(None, "images of each embedding, each with noise of its own (default: 1, with "
-                         "--like 8)", 1)
-    like: list = option(None, "variations of image files: y is their embedding; the grid shows them in its "
-                        "first column (default: none)", nargs="+")
-    out: str = option(None, "folder for the images (default: samples/<dataset>-<method>, with -interpolate, "
-                      "-same-y or -like where it applies, numbered)")
-    npz: bool = option(False, "also write samples.npz: all images in the folder as one array, by their seeds")
+class Flags:
+    # Whose models
+    dataset: str = "shapes"
+    method: list = ()               # of 2sdm, oracle, baseline, joint; default: all that are trained
+    y: str = "all"                  # as in training: all, pca:D, kmeans:K or none
+    tag: str = ""                   # take the runs of this tag where there are
+    snapshots: bool = False         # draw with each snapshot of the image model
+    checkpoint: list = ()           # files, in place of the runs' own
+    runs: str = "runs"              # folder of all runs
+    # What to draw
+    n: int = 64                     # number of images
+    class_: int = None              # this class alone; default: as in the training set
+    seed: int = 0                   # of the first image; the others follow
+    same_y: int = None              # images of each y; default: 1
+    interpolate: int = None         # a grid of N x N images between two seeds, without churn
+    like: list = ()                 # image files, of each of which to draw --same-y variations, by default 8
+    # How
+    steps: int = None               # of prior and image model; default: the run's
+    image_steps: int = None         # of the image model alone; default: as --steps
+    churn: float = None             # S_churn; 0 = deterministic; default: the run's
+    guidance: float = 1.0           # on y, for runs with --y-dropout; 1 = none
+    batch: int = 64                 # images drawn at a time
+    device: str = "auto"            # auto: cuda, else mps, else cpu
+    precision: str = "auto"         # fp32, tf32, bf16; auto: tf32 on cuda, else fp32
+    compile: bool = False           # torch.compile the networks: pays for thousands of images
+    # Files
+    samples: str = "samples"        # folder of all samples
+    npz: bool = False               # also write samples.npz: all images as one array, arr_0
+    data: str = ""                  # where the training images are now, for the oracle
+    embedder_weights: str = None    # where CLIP's weights are now, for the oracle
 
 
-@dataclass
-class Flags(SamplingFlags, DrawingFlags):
-    pass
+CHOICES = {
+    "method": METHODS,
+    "precision": ["auto", "fp32", "tf32", "bf16"]
+}
+LEAST = {
+    "n": 1,
+    "class": 0,
+    "seed": 0,
+    "same-y": 2,
+    "interpolate": 2,
+    "steps": 2,
+    "image-steps": 2,
+    "churn": 0,
+    "guidance": 0,
+    "batch": 1
+}
 
 
-AT_ODDS = dict(                                       # of each mode: the flags that do not go with it
-    interpolate="like same_y n npz churn", like="n npz", same_y="npz")
+def parse():
+    """-> the flags, as in `Flags`. Raises UserError for numbers without sense."""
+    parser = argparse.ArgumentParser(
+        usage="python sample.py [--FLAG VALUE ...]",
+        description=__doc__,
+        epilog=inspect.getsource(Flags),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False
+    )
+    for field in fields(Flags):
+        name = field.name.strip("_").replace("_", "-")
+        how = dict(default=field.default, type=field.type, choices=CHOICES.get(name))
+        if field.type is list:
+            how = dict(default=(), nargs="+", choices=CHOICES.get(name))
+        if field.type is bool:
+            how = dict(action="store_true")
+        parser.add_argument(f"--{name}", dest=field.name, help=argparse.SUPPRESS, **how)
+    args = parser.parse_args()
+    twosdm.parse_y(args.y)
+    for name, least in LEAST.items():
+        value = getattr(args, name.replace("-", "_").replace("class", "class_"))
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"--{name} {value}: give a number from {least}")
+    return args
 
 
-def choose_mode(args):
-    """The flag that makes other than independent images, or "". Raises UserError for flags at odds."""
-    train.check_together(args, AT_ODDS)
-    mode = next((name for name in AT_ODDS if vars(args)[name]), "")
-    if args.slerp == "y" and not args.interpolate:
-        raise UserError("--slerp y is for --interpolate: add it, or leave --slerp out")
-    if args.interpolate:
-        args.churn = 0.0
-    if args.like and args.method in (None, ["2sdm"]):
-        args.method = ["oracle"]
-    args.method = args.method or ["2sdm"]
-    return mode
+def choose_methods(args):
+    """What the flags are about, or else all methods that are trained. Raises UserError if none is."""
+    if args.like:
+        return ["oracle"]
+    if args.method:
+        return args.method
+    if args.y != "all" or args.checkpoint or args.guidance != 1 or args.same_y or args.interpolate:
+        return ["2sdm"]
+    methods = []
+    for method in METHODS:
+        if all(path.exists() for path in find_checkpoints(method, args).values()):
+            methods.append(method)
+    if not methods:
+        trained = ", ".join(str(path.parent) for path in Path(args.runs).glob("*/*/checkpoint.pt"))
+        raise UserError(f"nothing of --dataset {args.dataset} with this --tag is trained in {args.runs}: run "
+                        f"python train.py first, or choose of what is: {trained or 'nothing'}")
+    return methods
 
 
-def check_mode(mode, pipeline):
-    """Raises UserError if the pipeline has no embeddings y of the kind that the mode needs."""
-    y = pipeline.config.y
-    embeds = pipeline.method == "oracle" and has_prior(y)
-    able = dict(interpolate=pipeline.prior, like=embeds, same_y=pipeline.prior or embeds)
-    if mode and not able[mode]:
-        raise UserError(f"{train.flag(mode)} needs embeddings that --method {pipeline.method} with --y {y} "
-                        f"does not have: take --method 2sdm with --y clip or pca:D")
+def find_checkpoints(method, args):
+    """-> {stage: file} of a method's networks, whether they are there or not."""
+    stages = METHODS[method]
+    if method == "2sdm" and not twosdm.has_prior(args.y):
+        stages = ["image"]
+    paths = {}
+    for stage in stages:
+        paths[stage] = twosdm.run_folder(args.runs, args.dataset, stage, args.y, args.tag) / "checkpoint.pt"
+    # A tagged prior goes with the plain image model, and the other way around.
+    if any(path.exists() for path in paths.values()):
+        for stage, path in paths.items():
+            if not path.exists():
+                paths[stage] = twosdm.run_folder(args.runs, args.dataset, stage, args.y) / "checkpoint.pt"
+    for file in args.checkpoint:
+        stage = twosdm.load_checkpoint(file)["stage"]
+        if stage not in stages:
+            raise UserError(f"{file} is of stage {stage}, which is none of --method {method}: give its --method")
+        paths[stage] = Path(file)
+    return paths
+
+
+def folder_name(method, args):
+    """The method and all flags that change its images."""
+    name = method
+    if args.y != "all" and method in ("2sdm", "oracle"):
+        name += "-y=" + args.y.replace(":", "")
+    for flag in ("tag", "class_", "seed", "steps", "image_steps", "churn", "guidance", "same_y",
+                 "interpolate"):
+        value = getattr(args, flag)
+        if value != getattr(Flags, flag):
+            name += f"-{flag.strip('_')}={value}"
+    for file in args.checkpoint:
+        name += "-" + Path(file).parent.name
+    if args.like:
+        name += "-like"
+    return name
 
 
 def main():
-    args = Flags(**vars(train.new_parser(__doc__, Flags()).parse_args()))
-    train.check_options(args)
-    mode = choose_mode(args)
-    same_dataset(args)
-    device, [method] = twosdm.pick_device(args.device), args.method
-    twosdm.join_processes(device)
-    pipeline = Pipeline(args, method, device, own_images=args.like)
-    check_mode(mode, pipeline)
-    job = (interpolation if args.interpolate else samples)(pipeline, args)
-    print(method, "from", *(run["file"] for run in pipeline.runs.values()), file=sys.stderr)
-    folder = None
-    if not rank():
-        settings = json.dumps(pipeline.describe() | job.recorded, indent=1).encode()
-        default = f"samples/{pipeline.dataset}-{method}{train.flag(mode)[1:]}".removesuffix("-")
-        folder = open_folder(args.out, settings, default)
-    folder = gather(folder)[0]
-    busy = f"another process draws into {folder}: wait for it, or give another --out"
-    with twosdm.locked(folder / f".lock{rank()}", busy):               # each process has its own
-        twosdm.clear_unfinished(folder)
-        fill(folder, pipeline, job, args.batch)
-        if not rank():
-            seed = f"-{args.seed:06d}" if args.seed else ""                   # never another seed's grid
-            picture = folder / f"grid{seed}.png"
-            save_picture(picture, grid(job, folder), least=512)
-            if args.npz:
-                write_npz(folder)
-            print(picture)
-    return 0
+    args = parse()
+    device = twosdm.pick_device(args.device)
+    twosdm.start_processes(device)
+    args.precision = twosdm.set_precision(args.precision, device, auto="tf32")
+    pictures = {}
+    for method in choose_methods(args):
+        paths = find_checkpoints(method, args)
+        stage = METHODS[method][-1]
+        files = [paths[stage]]
+        if args.snapshots:
+            files = sorted(paths[stage].parent.glob("snapshot-*.pt"))
+        for file in files:
+            pictures[TITLES[method]] = draw_method(method, paths | {stage: file}, args, device)
+    if rank() == 0 and len(pictures) > 1:
+        path = Path(args.samples, args.dataset, "grid.png")
+        twosdm.save_picture(path, twosdm.titled(pictures, columns=8))
+        print(path)
 
 
 if __name__ == "__main__":

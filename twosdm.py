@@ -14,33 +14,33 @@ Glossary
     B, C, H, W   batch, channels, height, width          D       dimension of an embedding
     x            an image, (B, C, H, W) in [-1, 1]       y       its embedding e_i(x), (B, D), rms about 0.5
     a            what the user conditions on, (B, A):    sigma   standard deviation of the noise, (B,)
-                 nothing, a class as a one-hot, ...      D(x; σ) the denoiser: E[clean | noisy]
+                 nothing, or a class as a one-hot        D(x; σ) the denoiser: E[clean | noisy]
     EDM          Karras et al. 2022, *Elucidating the Design Space of Diffusion-Based Generative Models*
 
 Reading order: 1 denoiser, 2 sampling, 3 two stages, 4 prior transformer, 5 U-Net, 6 embeddings. These are
 the method. What it stands on: 7 augmentation, 8 the embedded world, 9 sets of images, 10 latents, 11 runs,
 12 EDM's files. The settings of each experiment are at the top of train.py.
 """
+import collections
 import copy
-import datetime
+import errno
 import functools
+import gzip
 import hashlib
-import importlib.util
 import io
 import json
-import logging
 import math
-import mmap
 import os
 import pickle
 import posixpath
 import re
 import sys
 import time
+import unicodedata
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,10 +48,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from scipy.cluster.vq import kmeans2, vq
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from scipy.cluster.vq import kmeans2
 from torch.nn import init
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 
@@ -68,7 +67,8 @@ class Denoiser(nn.Module):
 
     predict="edm" is EDM's preconditioning (Table 1), for the image model. predict="data" is the paper's
     prior: the network predicts the clean y itself. Both weigh the loss by 1 / c_out², which is EDM's lambda
-    for the image model and 1 for the prior: this choice is all that tells them apart. `net` is any
+    for the image model and 1 for the prior (the authors' code; the paper leaves it open): this choice is all
+    that tells them apart. `net` is any
     net(x, c_noise, cond, augment) that returns the shape of x.
     """
 
@@ -78,55 +78,60 @@ class Denoiser(nn.Module):
         self.net = net
         self.sigma_data = sigma_data
         self.predict = predict
-        self.p_mean, self.p_std = p_mean, p_std
+        self.p_mean = p_mean
+        self.p_std = p_std
 
     def scalings(self, sigma):
         """(B,) -> c_skip, c_out, c_in, c_noise, each (B,): EDM Table 1; predict="data": D = net(c_in x)."""
         total = (sigma**2 + self.sigma_data**2).sqrt()
-        c_in, c_noise = 1 / total, sigma.log() / 4
+        c_in = 1 / total
+        c_noise = sigma.log() / 4
         if self.predict == "data":
             return torch.zeros_like(sigma), torch.ones_like(sigma), c_in, c_noise
-        return self.sigma_data**2 / total**2, sigma * self.sigma_data / total, c_in, c_noise
+        c_skip = self.sigma_data**2 / total**2
+        c_out = sigma * self.sigma_data / total
+        return c_skip, c_out, c_in, c_noise
 
     def forward(self, x, sigma, cond=None, augment=None):
         """D(x; sigma): x (B, ...), sigma (B,), cond (B, A) or None, augment (B, 9) -> (B, ...) float32."""
-        x, sigma = x.float(), sigma.float()
+        x = x.float()
+        sigma = sigma.float()
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
         output = self.net(per_example(c_in, x) * x, c_noise, cond, augment).float()
         return per_example(c_skip, x) * x + per_example(c_out, x) * output
 
-    def training_noise(self, x):
-        """The random numbers of one loss: sigma (B,) with ln sigma ~ N(p_mean, p_std²), and noise like x."""
-        sigma = (torch.randn(len(x), device=x.device) * self.p_std + self.p_mean).exp()
-        return sigma, torch.randn_like(x)
-
-    def loss(self, x, cond=None, augment=None, noise=None):
+    def loss(self, x, cond=None, augment=None):
         """(B, ...) -> (B,): lambda(sigma) |D(x + sigma eps; sigma) - x|², summed over x (Eq. 1; EDM Eq. 8).
 
-        `noise` = (sigma, eps) as `training_noise` returns them, for a caller that splits a batch into parts.
+        One noise level per example, ln sigma ~ N(p_mean, p_std²) (EDM Table 1).
         """
-        sigma, eps = self.training_noise(x) if noise is None else noise
+        sigma = (torch.randn(len(x), device=x.device) * self.p_std + self.p_mean).exp()
+        noisy = x + per_example(sigma, x) * torch.randn_like(x)
+        denoised = self(noisy, sigma, cond, augment)
         _, c_out, _, _ = self.scalings(sigma)
-        denoised = self(x + per_example(sigma, x) * eps, sigma, cond, augment)
         return 1 / c_out**2 * (denoised - x).square().flatten(1).sum(1)
 
 
 class EMA:
     """Moving average of a network's weights, from which all samples come (EDM, Appendix F).
 
-    beta = 0.5^(batch / max(min(half_life, ramp · images seen), 1e-8)): the half-life grows with the run, so
-    that the first, bad weights are soon forgotten; 1e-8 is for the first step. (No network here has buffers
-    that change.)
+    beta = 0.5^(batch / half-life), where the half-life grows with the run, to at most `ramp` times the images
+    seen, so that the first, bad weights are soon forgotten. `ramp` None: it is constant, for a network that
+    starts from good weights. (No network here has buffers that change.)
     """
 
     def __init__(self, net, half_life, ramp=0.05):
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        self.half_life, self.ramp = half_life, ramp
+        self.half_life = half_life
+        self.ramp = ramp
 
     @torch.no_grad()
     def update(self, net, seen, batch):
         """After the optimizer step that brought the images seen from `seen` to seen + batch."""
-        beta = 0.5 ** (batch / max(min(self.half_life, self.ramp * seen), 1e-8))
+        half_life = self.half_life
+        if self.ramp is not None:
+            half_life = min(half_life, self.ramp * seen)
+        beta = 0.5 ** (batch / max(half_life, 1e-8))                      # 1e-8: for the first step
         torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - beta)
 
 
@@ -177,14 +182,26 @@ def heun_sample(denoise, noise, sigmas, s_churn=0.0, s_min=0.0, s_max=math.inf, 
     return x
 
 
+# Each purpose has a stream of random numbers of its own: further images of one y are 5, 6, ..., 255.
+PRIOR, IMAGE, CLASS, CLUSTER, ORACLE, FURTHER = range(6)
+
+
+def generator_of(seed, stream=PRIOR, device="cpu"):
+    """The random numbers of one sample for one purpose. A seed of 32 bits is all that PyTorch's CPU takes."""
+    if not (0 <= seed < 2**24 and 0 <= stream < 2**8):
+        raise UserError(f"seed {seed}, image {stream - FURTHER + 2} of its y: seeds are below {2**24:,}, and "
+                        f"at most 251 images share a y")
+    return torch.Generator(device).manual_seed(stream * 2**24 + int(seed))
+
+
 class SampleNoise:
     """Gaussian noise whose row i comes from seeds[i] alone, so that a sample does not depend on its batch.
 
     (Networks round differently for other batches: samples then agree to rounding, not to the bit.)
     """
 
-    def __init__(self, seeds, device="cpu"):
-        self.generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+    def __init__(self, seeds, device="cpu", stream=PRIOR):
+        self.generators = [generator_of(seed, stream, device) for seed in seeds]
 
     def __len__(self):
         return len(self.generators)
@@ -199,9 +216,14 @@ class SampleNoise:
         return self.randn(*x.shape).to(x.dtype)
 
 
-def mix_seed(*parts):
-    """The name of a random stream and numbers -> a seed. 32 bits: torch's CPU generator takes no more."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
+def pick_numbers(seeds, counts, stream):
+    """For each seed a number i with probability counts[i] / sum(counts): (B,) int64."""
+    ends = np.cumsum(counts)
+    places = []
+    for seed in seeds:
+        generator = generator_of(seed, stream)
+        places.append(torch.randint(int(ends[-1]), (), generator=generator).item())
+    return np.searchsorted(ends, places, side="right")
 
 
 # ============================================================================================================
@@ -215,60 +237,62 @@ class Sampler:
     s_min: float = 0.0
     s_max: float = math.inf
     s_noise: float = 1.007
-    guidance: float = 1.0
-
-    def __call__(self, denoiser, shape, noise, cond=None, null=None):
-        """Samples of p(. | cond): shape without B, noise a `SampleNoise`, cond (B, A) -> (B, *shape) float32.
-
-        With guidance W other than 1 the denoiser is D(null) + W (D(cond) - D(null)), where `null` (B, A)
-        tells it less: classifier-free guidance (Ho and Salimans 2022).
-        """
-        def denoise(x, sigma):
-            told = denoiser(x, sigma, cond)
-            if self.guidance == 1 or null is None:
-                return told
-            untold = denoiser(x, sigma, null)
-            return untold + self.guidance * (told - untold)
-
-        start = noise.randn(len(noise), *shape)
-        sigmas = sigma_schedule(self.steps)
-        return heun_sample(denoise, start, sigmas, self.s_churn, self.s_min, self.s_max, self.s_noise,
-                           noise.randn_like).float()
+    guidance: float = 1.0               # of the image model on y; 1 = none
 
 
-def join(*parts):
-    """y ⊕ a, the condition of Eq. 5: concatenates what is there (embedding first); None if nothing is."""
-    parts = [part.float() for part in parts if part is not None]
-    return torch.cat(parts, dim=1) if parts else None
+def sample(denoise, shape, noise, sampler):
+    """Algorithm 2: denoise(x, sigma), shape without B, a SampleNoise, a Sampler -> (B, *shape) float32."""
+    start = noise.randn(len(noise), *shape)
+    sigmas = sigma_schedule(sampler.steps)
+    x = heun_sample(denoise, start, sigmas, sampler.s_churn, sampler.s_min, sampler.s_max, sampler.s_noise,
+                    noise.randn_like)
+    return x.float()
+
+
+def join(y, a):
+    """y ⊕ a, the condition of Eq. 5: concatenates what is there, embedding first; None if nothing is."""
+    parts = [part.float() for part in (y, a) if part is not None]
+    if not parts:
+        return None
+    return torch.cat(parts, dim=1)
 
 
 def sample_embeddings(prior, noise, a, sampler):
     """Stage 1: y ~ p_prior(y | a). a (B, A) or None -> (B, D)."""
-    return sampler(prior, (prior.net.dim,), noise, a)
+    def denoise(y, sigma):
+        return prior(y, sigma, a)
+
+    return sample(denoise, (prior.net.dim,), noise, sampler)
 
 
 def sample_images(image_model, noise, y, a, sampler):
-    """Stage 2: x ~ p_image(x | y, a). y (B, D), or None for plain EDM -> (B, C, H, W), about [-1, 1]."""
+    """Stage 2: x ~ p_image(x | y, a). y (B, D), or None for plain EDM -> (B, C, H, W), about [-1, 1].
+
+    With guidance w the denoiser is D(a) + w (D(y,a) - D(a)): classifier-free guidance, Ho and Salimans 2022.
+    """
     net = image_model.net
-    null = None if y is None else join(torch.zeros_like(y), a)           # for guidance: a alone
-    return sampler(image_model, (net.channels, net.resolution, net.resolution), noise, join(y, a), null)
 
+    def denoise(x, sigma):
+        told = image_model(x, sigma, join(y, a))
+        if y is None or sampler.guidance == 1:
+            return told
+        untold = image_model(x, sigma, join(torch.zeros_like(y), a))
+        return untold + sampler.guidance * (told - untold)
 
-def image_noise(seeds, device="cpu"):
-    """The noise of the image model for these seeds."""
-    # Departure: the authors give the image model the prior's seed plus one, so sample i's image and sample
-    # i+1's embedding start from the same random numbers. Seeds of their own stream never meet the prior's.
-    return SampleNoise([mix_seed("image", seed) for seed in seeds], device)
+    return sample(denoise, (net.channels, net.resolution, net.resolution), noise, sampler)
 
 
 def sample_two_stage(prior, image_model, seeds, a=None, sampler=Sampler(), image_sampler=None):
     """2SDM, Eq. 3: sample y, then x given y; forget y. (The oracle gives `sample_images` true embeddings.)
 
-    seeds (B,) whole numbers, a (B, A) or None -> (B, C, H, W) float32, about [-1, 1].
+    seeds (B,) whole numbers below 2^24, a (B, A) or None -> (B, C, H, W) float32, about [-1, 1].
     """
     device = next(prior.parameters()).device
     y = sample_embeddings(prior, SampleNoise(seeds, device), a, sampler)
-    return sample_images(image_model, image_noise(seeds, device), y, a, image_sampler or sampler)
+    # Departure: the authors give the image model the prior's seed plus one, so sample i's image and sample
+    # i+1's embedding start from the same random numbers. Here the two are different streams.
+    noise = SampleNoise(seeds, device, IMAGE)
+    return sample_images(image_model, noise, y, a, image_sampler or sampler)
 
 
 def to_uint8(images):
@@ -292,13 +316,11 @@ def noise_features(c_noise, dim, adm=False):
     """(B,) -> (B, dim): sinusoids of c_noise. DDPM++: (sin, cos), period up to 2π·10000; ADM: (cos, sin)."""
     half = dim // 2
     steps = torch.arange(half, device=c_noise.device, dtype=torch.float32)
-    frequencies = 10000 ** (-steps / (half if adm else half - 1))
-    angles = c_noise[:, None] * frequencies                                               # (B, dim / 2)
-    waves = [angles.cos(), angles.sin()] if adm else [angles.sin(), angles.cos()]
-    return torch.cat(waves, dim=1)
-
-
-attend = F.scaled_dot_product_attention                # softmax(q kᵀ / √d) v over (B, heads, tokens, d)
+    if adm:
+        angles = c_noise[:, None] * 10000 ** (-steps / half)                              # (B, dim / 2)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+    angles = c_noise[:, None] * 10000 ** (-steps / (half - 1))
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class PriorBlock(nn.Module):
@@ -317,7 +339,8 @@ class PriorBlock(nn.Module):
         B, T, width = t.shape
         qkv = self.qkv(self.norm1(t)).reshape(B, T, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                              # (B, heads, T, d)
-        t = t + self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, width))
+        attended = F.scaled_dot_product_attention(q, k, v)            # softmax(q kᵀ / √d) v
+        t = t + self.proj(attended.transpose(1, 2).reshape(B, T, width))
         return t + self.mlp(self.norm2(t))
 
 
@@ -326,14 +349,20 @@ class PriorTransformer(nn.Module):
 
     forward: y_sigma (B, D) scaled by c_in, c_noise (B,), a (B, A), augmentation label (B, 9) -> (B, D), read
     off the query's token. Tokens of an absent input are not built (A = 0, no augmentation in training).
-    Departure: a plain pre-norm transformer; the authors' block adds a causal mask, shared keys and values,
-    cosine attention, rotary and relative positions and SwiGLU. Width, depth, heads and tokens are theirs.
+    Width, depth, heads and the order of the tokens are those of the authors' code; the paper's order is
+    [sigma] [a] [y_sigma] [query].
+    Departure: a plain pre-norm transformer of 20 M parameters; the authors' block of 25 M adds a causal mask,
+    shared keys and values, cosine attention, rotary and relative positions and SwiGLU.
+    Departure: y_sigma passes a linear map whatever D is; in the authors' code only if D is not the width.
     """
 
     def __init__(self, dim, cond_dim=0, augment_dim=0, width=512, depth=6, heads=8):
         super().__init__()
         assert width % heads == 0, f"width {width} is not divisible into {heads} heads"
-        self.dim, self.cond_dim, self.augment_dim, self.width = dim, cond_dim, augment_dim, width
+        self.dim = dim
+        self.cond_dim = cond_dim
+        self.augment_dim = augment_dim
+        self.width = width
         self.map_augment = nn.Linear(augment_dim, width) if augment_dim else None
         self.map_cond = nn.Linear(cond_dim, width) if cond_dim else None
         self.map_noise = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -359,8 +388,9 @@ class PriorTransformer(nn.Module):
             for layer in (block.proj, block.mlp[2]):
                 init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
         # Inputs keep their scale.
-        for layer in filter(None, (self.map_y, self.map_augment, self.map_cond)):
-            init.normal_(layer.weight, std=layer.in_features**-0.5)
+        for layer in (self.map_y, self.map_augment, self.map_cond):
+            if layer is not None:
+                init.normal_(layer.weight, std=layer.in_features**-0.5)
 
     def forward(self, y, c_noise, cond=None, augment=None):
         assert (cond is not None) == bool(self.cond_dim), f"the prior was built for cond_dim {self.cond_dim}"
@@ -391,7 +421,9 @@ ARCHITECTURES = {                                     # EDM's networks for 64×6
 
 def group_norm(channels, adm):
     """GroupNorm: 32 groups, or one for each four of fewer than 128 channels; fewer if these do not divide."""
-    groups = math.gcd(min(32, channels // 4), channels)
+    groups = min(32, channels // 4)
+    while channels % groups:
+        groups -= 1
     return nn.GroupNorm(groups, channels, eps=1e-5 if adm else 1e-6)
 
 
@@ -404,8 +436,10 @@ class UNetBlock(nn.Module):
 
     def __init__(self, cin, cout, emb_dim, adm, heads=0, resample=None, dropout=0.0):
         super().__init__()
-        self.cin, self.adm, self.heads = cin, adm, heads
-        self.resample, self.dropout = resample, dropout
+        self.adm = adm
+        self.heads = heads
+        self.resample = resample
+        self.dropout = dropout
         self.skip_scale = 1.0 if adm else math.sqrt(0.5)
         self.norm0 = group_norm(cin, adm)
         self.conv0 = nn.Conv2d(cin, cout, 3, padding=1)
@@ -448,7 +482,8 @@ class UNetBlock(nn.Module):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm2(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
         q, k, v = qkv.transpose(3, 4).unbind(1)                                           # (B, heads, HW, d)
-        return self.proj(attend(q, k, v).transpose(2, 3).reshape(B, C, H, W))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(2, 3).reshape(B, C, H, W))
 
 
 class UNet(nn.Module):
@@ -456,18 +491,27 @@ class UNet(nn.Module):
 
     forward: x (B, C, H, W) scaled by c_in, c_noise (B,), cond (B, K) = y ⊕ a, augmentation label (B, 9) ->
     (B, C, H, W). The condition enters through one learned linear map, added to the embedding of the noise
-    level. The defaults of `sizes` (width, mults, blocks, attention) are those of `ARCHITECTURES`.
+    level. Sizes that are not given are those of `ARCHITECTURES`.
     """
 
     def __init__(self, resolution, channels=3, cond_dim=0, augment_dim=0, arch="ddpm++", dropout=0.0,
-                 **sizes):
+                 width=None, mults=None, blocks=None, attention=None):
         super().__init__()
-        self.adm = adm = arch == "adm"
-        width, mults, blocks, attention = (ARCHITECTURES[arch] | sizes).values()
+        usual = ARCHITECTURES[arch]
+        width = width or usual["width"]
+        mults = mults or usual["mults"]
+        blocks = blocks or usual["blocks"]
+        if attention is None:
+            attention = usual["attention"]
+        adm = arch == "adm"
         halved = len(mults) - 1
         assert resolution % 2**halved == 0, f"resolution {resolution} cannot be halved {halved} times"
-        self.resolution, self.channels, self.width = resolution, channels, width
-        self.cond_dim, self.augment_dim = cond_dim, augment_dim
+        self.adm = adm
+        self.resolution = resolution
+        self.channels = channels
+        self.width = width
+        self.cond_dim = cond_dim
+        self.augment_dim = augment_dim
         emb_dim = 4 * width
 
         # Embedding of noise level, augmentation and condition, which DDPM++ adds before the MLP, ADM after.
@@ -497,12 +541,15 @@ class UNet(nn.Module):
                 skips.append(c)
         # ... and in the level's last decoder block, ADM in all. All but the first two and "up" take a skip.
         self.dec = nn.ModuleList([block(c, c, True), block(c, c, False)])
+        self.takes_skip = [False, False]
         for level, mult in reversed(list(enumerate(mults))):
             attended = resolution >> level in attention
             if level < halved:
                 self.dec.append(block(c, c, False, "up"))
+                self.takes_skip.append(False)
             for i in range(blocks + 1):
                 self.dec.append(block(c + skips.pop(), width * mult, attended and (adm or i == blocks)))
+                self.takes_skip.append(True)
                 c = width * mult
         assert not skips
         self.out_norm = group_norm(c, adm)
@@ -554,8 +601,8 @@ class UNet(nn.Module):
         for block in self.enc[1:]:
             x = block(x, emb)
             skips.append(x)
-        for block in self.dec:
-            if x.shape[1] != block.cin:               # made for more channels: those of a skip
+        for block, takes_skip in zip(self.dec, self.takes_skip):
+            if takes_skip:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb)
         return self.out_conv(F.silu(self.out_norm(x)))                                    # (B, C, H, W)
@@ -571,116 +618,41 @@ def scale_weights(layer, factor):
 # ============================================================================================================
 # 6 Embeddings: e_i(x) -> y
 # ============================================================================================================
-# An embedder is a module with `.name`, `.dim` and forward: (B, 3, H, W) in [-1, 1] -> (B, dim), raw: not
-# normalized. sigma_data = 0.5 stays right as long as its elements have an rms of about 0.5.
+# A backbone is a module with `dim` and forward: (B, 3, H, W) in [-1, 1] -> (B, dim), raw: not normalized.
+# sigma_data = 0.5 stays right as long as its elements have an rms of about 0.5. To add one: write its class,
+# whose one argument is what --embedder-weights names (None: random weights), and enter it in EMBEDDERS.
 
 
 class ClipEmbedder(nn.Module):
-    """The paper's e_i: OpenAI's CLIP ViT-B/32 by open_clip, frozen.
+    """The paper's e_i: the image side of OpenAI's CLIP ViT-B/32, by open_clip.
 
     forward: (B, 3, H, W) in [-1, 1] -> (B, 512), rms about 0.44. Not L2-normalized: the elements of a unit
     vector, 0.044 in size, would drown in the noise of the prior. `weights`: "openai" or another name, which
-    open_clip downloads once, the path of a weights file, or None for random ones. UserError.
+    open_clip downloads once, the path of a weights file, or None for random ones. Raises UserError.
     """
-    name, dim = "clip", 512
+    dim = 512
 
-    def __init__(self, weights="openai"):
+    def __init__(self, weights=None):
         super().__init__()
         import open_clip                              # seconds to import: only those who use it pay
-        file = "open_clip_model.safetensors of timm/vit_base_patch32_clip_224.openai on Hugging Face"
-        remedy = (f"connect once so that open_clip can download them, or fetch {file} elsewhere and give "
-                  f"--clip-weights FILE; --embedder pixels needs none")
-        with loading(f"CLIP's weights '{weights}'", remedy):
+        try:
             # Plain ViT-B-32 lacks the activation of these weights.
-            self.model = open_clip.create_model(
-                "ViT-B-32-quickgelu", pretrained=weights, require_pretrained=weights is not None)
-        self.model.eval().requires_grad_(False)
-        colors = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
-        for name, values in colors.items():
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+            model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=weights,
+                                           require_pretrained=weights is not None)
+        except Exception as error:                    # a hub, a network and a foreign file fail as they like
+            raise UserError(f"CLIP's weights '{weights}' cannot be loaded ({one_line(error)}): connect once, "
+                            f"or fetch open_clip_model.safetensors of timm/vit_base_patch32_clip_224.openai "
+                            f"on Hugging Face and give --embedder-weights FILE; --embedder pixels needs none"
+                            ) from error
+        self.visual = model.visual
+        colors = torch.tensor([open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD])
+        self.register_buffer("colors", colors[:, :, None, None], persistent=False)        # (2, 3, 1, 1)
 
     def forward(self, x):
         # Departure: bilinear, as the authors' code has it; CLIP's own resize is bicubic.
         x = F.interpolate(x, (224, 224), mode="bilinear", align_corners=False)
-        return self.model.encode_image(((x + 1) / 2 - self.mean) / self.std).float()
-
-    def encode_text(self, texts):
-        """Captions -> (B, 512), raw."""
-        import open_clip
-        tokens = open_clip.get_tokenizer("ViT-B-32-quickgelu")(texts)
-        return self.model.encode_text(tokens.to(self.mean.device)).float()
-
-
-def convolution(cin, cout, stride=1):
-    """3×3 convolution, norm, nonlinearity: (B, cin, H, W) -> (B, cout, H / stride, W / stride)."""
-    return nn.Conv2d(cin, cout, 3, stride, padding=1), nn.GroupNorm(8, cout), nn.SiLU()
-
-
-def at_most_32(x):
-    """(B, C, R, R) -> the same, or 32 x 32 pixels: the world needs no more to be read."""
-    return F.adaptive_avg_pool2d(x, min(x.shape[-1], 32))
-
-
-class SmallClip(nn.Module):
-    """The embedded world's CLIP: convolutional image tower, word-by-word text tower, contrastive training.
-
-    forward: (B, 3, H, W) in [-1, 1] -> (B, dim), raw.
-    """
-    name, dim = "shapes", 64
-
-    def __init__(self, dim=64, width=32):
-        super().__init__()
-        w = width
-        self.dim = dim
-        self.image = nn.Sequential(
-            *convolution(3, w),
-            *convolution(w, 2 * w, stride=2),
-            *convolution(2 * w, 2 * w),
-            *convolution(2 * w, 4 * w, stride=2),
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-            nn.Linear(64 * w, 4 * w),
-            nn.SiLU(),
-            nn.Linear(4 * w, dim)
-        )
-        self.embed = nn.Embedding(len(WORDS), 16)
-        self.text = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(LONGEST_CAPTION * 16, 4 * w),
-            nn.SiLU(),
-            nn.Linear(4 * w, dim)
-        )
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-
-    def forward(self, x):
-        return self.image(at_most_32(x))
-
-    def encode_text(self, texts):
-        """Captions of at most seven of the world's words -> (B, dim), raw. Raises UserError."""
-        rows = []
-        for text in texts:
-            words = text.lower().split()
-            if not (words and set(words) <= set(WORDS) and len(words) <= LONGEST_CAPTION):
-                vocabulary = ", ".join((*COUNTS, *COLORS, *SHAPES))
-                raise UserError(f"the caption {text!r} is not of this world: write one like "
-                                f'"three red stars on a blue background", with {vocabulary}')
-            padded = words + [""] * (LONGEST_CAPTION - len(words))
-            rows.append([WORDS.index(word) for word in padded])
-        return self.text(self.embed(torch.tensor(rows, device=self.embed.weight.device)))
-
-    def text_condition(self, texts):
-        """Captions -> (B, dim) of rms 0.5, as the prior is told them (--a text)."""
-        return F.normalize(self.encode_text(texts), dim=1) * math.sqrt(self.dim) / 2
-
-    def loss(self, images, texts):
-        """CLIP's symmetric loss (Radford et al. 2021, Fig. 3): (B, 3, H, W), B captions -> (B,)."""
-        y = F.normalize(self(images), dim=1)
-        t = F.normalize(self.encode_text(texts), dim=1)
-        logits = y @ t.T * self.log_temperature.exp().clip(max=100)                       # (B, B)
-        target = torch.arange(len(y), device=y.device)
-        of_texts = F.cross_entropy(logits, target, reduction="none")
-        of_images = F.cross_entropy(logits.T, target, reduction="none")
-        return (of_texts + of_images) / 2
+        mean, std = self.colors
+        return self.visual(((x + 1) / 2 - mean) / std)
 
 
 class Pixels(nn.Module):
@@ -688,10 +660,65 @@ class Pixels(nn.Module):
 
     forward: (B, 3, H, W) in [-1, 1] -> (B, 48). It knows layout and color, nothing of meaning.
     """
-    name, dim = "pixels", 48
+    dim = 48
+
+    def __init__(self, weights=None):
+        super().__init__()
 
     def forward(self, x):
         return F.adaptive_avg_pool2d(x, 4).flatten(1)
+
+
+def convolution(cin, cout, stride=1):
+    """(B, cin, H, W) -> (B, cout, H / stride, W / stride)."""
+    return nn.Sequential(
+        nn.Conv2d(cin, cout, 3, stride, padding=1),
+        nn.GroupNorm(8, cout),
+        nn.SiLU()
+    )
+
+
+class ConvNet(nn.Module):
+    """A small network that reads the embedded world: (B, 3, H, W) in [-1, 1] -> (B, outputs)."""
+
+    def __init__(self, outputs, width=32):
+        super().__init__()
+        self.layers = nn.Sequential(
+            convolution(3, width),
+            convolution(width, 2 * width, stride=2),
+            convolution(2 * width, 2 * width),
+            convolution(2 * width, 4 * width, stride=2),
+            nn.AdaptiveAvgPool2d(4)
+        )
+        self.hidden = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(4 * width * 4 * 4, 4 * width),
+            nn.SiLU()
+        )
+        self.out = nn.Linear(4 * width, outputs)
+
+    def features(self, x):
+        """(B, 3, H, W) -> (B, 4·width, 4, 4)."""
+        return self.layers(F.adaptive_avg_pool2d(x, min(x.shape[-1], 32)))            # 32 pixels show all
+
+    def forward(self, x):
+        return self.out(self.hidden(self.features(x)))
+
+
+class SmallClip(ConvNet):
+    """The image side of the embedded world's own CLIP, which `train_small_clip` trains.
+
+    forward: (B, 3, H, W) in [-1, 1] -> (B, 16). `weights`: the file of the trained ones, or None.
+    """
+    dim = 16
+
+    def __init__(self, weights=None):
+        super().__init__(self.dim)
+        if weights is not None:
+            self.load_state_dict(load_checkpoint(weights)["content"])
+
+
+EMBEDDERS = {"clip": ClipEmbedder, "pixels": Pixels, "shapes": SmallClip}
 
 
 class PCA(nn.Module):
@@ -699,6 +726,7 @@ class PCA(nn.Module):
 
     transform: (B, D) -> (B, dims).
     """
+    kind = "pca"
 
     def __init__(self, mean, basis):
         super().__init__()
@@ -710,21 +738,16 @@ class PCA(nn.Module):
     def fit(cls, y, dims):
         """To the rows of y (N, D), 0 < dims <= D."""
         y = torch.as_tensor(y)
-        assert 0 < dims <= y.shape[1], (dims, y.shape)
         mean = y.mean(0, dtype=torch.float64)
         scatter = torch.zeros(y.shape[1], y.shape[1], dtype=torch.float64)
         for part in y.split(8192):                    # a million rows of float64 are gigabytes
-            scatter += (part - mean).T @ (part - mean)
+            centered = part - mean
+            scatter += centered.T @ centered
         _, basis = torch.linalg.eigh(scatter)                                             # ascending
         return cls(mean, basis.flip(1)[:, :dims])
 
     def transform(self, y):
         return (y.float() - self.mean) @ self.basis
-
-    def of_rms(self, y, rms=0.5):
-        """The same, scaled as a whole so that the transform of y (N, D) has this rms."""
-        found = self.transform(y).square().mean().sqrt().clip(min=1e-8)
-        return PCA(self.mean, self.basis * rms / found)
 
 
 class KMeans(nn.Module):
@@ -732,6 +755,7 @@ class KMeans(nn.Module):
 
     transform: (B, D) -> one-hot (B, K), of the nearest center.
     """
+    kind = "kmeans"
 
     def __init__(self, centers, counts):
         super().__init__()
@@ -740,132 +764,135 @@ class KMeans(nn.Module):
         self.dim = len(centers)
 
     @classmethod
-    def fit(cls, y, clusters, seed=0):
-        """To the rows of y (N, D), by Lloyd's iteration from a k-means++ start, on a sample of many rows."""
+    def fit(cls, y, clusters):
+        """To all rows of y (N, D), by Lloyd's iteration; it starts from a k-means++ of some of them."""
         y = np.asarray(y, np.float32)
-        assert 0 < clusters <= len(y), (clusters, y.shape)
-        rng = np.random.default_rng(seed)
-        sample = rng.permutation(len(y))[:max(20_000, 100 * clusters)]
-        with warnings.catch_warnings():               # of clusters that stay empty, which are never drawn
-            warnings.simplefilter("ignore")
-            centers, _ = kmeans2(y[sample], clusters, iter=100, minit="++", rng=rng)
-        parts = np.array_split(y, len(y) // 8192 + 1)  # a distance to each center is much for a million rows
-        counts = sum(np.bincount(vq(part, centers)[0], minlength=clusters) for part in parts)
+        rng = np.random.default_rng(0)
+        some = rng.permutation(len(y))[:max(20_000, 20 * clusters)]
+        with warnings.catch_warnings(action="ignore"):                    # of clusters that stay empty
+            start, _ = kmeans2(y[some], clusters, minit="++", rng=rng)
+            centers, labels = kmeans2(y, start, iter=50, minit="matrix")
+        counts = np.bincount(labels, minlength=clusters)
         return cls(torch.from_numpy(centers), torch.from_numpy(counts))
 
     def transform(self, y):
-        # Not by a product of matrices, which a GPU may round to TF32.
-        distances = torch.cdist(y.float(), self.centers, compute_mode="donot_use_mm_for_euclid_dist")
-        return F.one_hot(distances.argmin(1), self.dim).float()
+        nearest = torch.cdist(y.float(), self.centers).argmin(1)
+        return F.one_hot(nearest, self.dim).float()
 
 
-class Reduced(nn.Module):
-    """An embedder and a PCA or KMeans of its embeddings: (B, 3, H, W) -> (B, D or K)."""
+REDUCTIONS = {"pca": PCA, "kmeans": KMeans}
 
-    def __init__(self, inner, reduction):
+
+def parse_y(y):
+    """--y: all or none -> (that, 0); pca:D or kmeans:K -> ("pca" or "kmeans", the number). UserError."""
+    match = re.fullmatch(r"(all|none)|(pca|kmeans):([1-9]\d*)", y)
+    if match is None:
+        raise UserError(f"--y {y} is unknown: choose all, pca:D, kmeans:K (such as pca:32) or none")
+    whole, kind, size = match.groups()
+    if whole:
+        return whole, 0
+    return kind, int(size)
+
+
+def has_prior(y):
+    """Whether stage 1 is a diffusion model; clusters are drawn by their frequency."""
+    kind, _ = parse_y(y)
+    return kind in ("all", "pca")
+
+
+class Embedder(nn.Module):
+    """e_i: a backbone, named as in EMBEDDERS, and a PCA or KMeans of what it says, or None for all of it.
+
+    forward: (B, 3, H, W) in [-1, 1] -> y (B, D). `weights`: where those of the backbone are from.
+    """
+
+    def __init__(self, name, weights=None):
         super().__init__()
-        self.name, self.inner, self.reduction = inner.name, inner, reduction
-        self.dim = reduction.dim
+        self.name = name
+        self.weights = weights
+        self.backbone = EMBEDDERS[name](weights).eval().requires_grad_(False)
+        self.reduction = None
+
+    @property
+    def dim(self):
+        part = self.backbone if self.reduction is None else self.reduction
+        return part.dim
 
     def forward(self, x):
-        return self.reduction.transform(self.inner(x))
+        return self.reduce(self.embed(x))
 
-    def text_condition(self, texts):
-        return self.inner.text_condition(texts)
+    def embed(self, x):
+        """All that the backbone says: (B, 3, H, W) -> (B, dim), the same in every stage and on every GPU."""
+        with full_float32(x.device):
+            return self.backbone(x).float()
+
+    def reduce(self, embeddings):
+        """What of it is kept: (B, dim) -> y (B, D)."""
+        if self.reduction is None:
+            return embeddings
+        with full_float32(embeddings.device):
+            return self.reduction.transform(embeddings)
 
 
-def fit_reduction(y, rows, seed=0):
-    """y: "pca:D" or "kmeans:K"; rows (N, D'): the training images' embeddings -> PCA or KMeans. UserError."""
-    kind, size = y.split(":")
-    if int(size) > (rows.shape[1] if kind == "pca" else len(rows)):
+def fit_reduction(y, rows):
+    """--y and the training images' embeddings (N, D) -> PCA or KMeans. Raises UserError."""
+    kind, size = parse_y(y)
+    most = rows.shape[1] if kind == "pca" else len(rows)
+    if size > most:
         raise UserError(f"--y {y}: there are only {rows.shape[1]} dimensions and {len(rows)} images")
-    return PCA.fit(rows, int(size)) if kind == "pca" else KMeans.fit(rows, int(size), seed)
-
-
-def restore_reduction(tensors):
-    """From the tensors of its state."""
-    return PCA(**tensors) if "basis" in tensors else KMeans(**tensors)
-
-
-def fingerprint(module):
-    """12 hexadecimal digits of the sha256 of a module's weights: tells one embedder from another."""
-    parts = []
-    for name, tensor in sorted(module.state_dict().items()):
-        parts += [name.encode(), tensor.detach().cpu().contiguous().numpy()]
-    return hash_of(*parts)
-
-
-def hash_of(*parts):
-    """12 hexadecimal digits of the sha256 of bytes and arrays, one after the other."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:12]
+    return REDUCTIONS[kind].fit(rows, size)
 
 
 def pack_embedder(embedder):
-    """What a checkpoint keeps of its embedder: name, dim, fingerprint, weights (not the public CLIP's)."""
-    packed = dict(name=embedder.name, dim=embedder.dim, fingerprint=fingerprint(embedder))
-    if isinstance(embedder, Reduced):
-        return packed | dict(inner=pack_embedder(embedder.inner), reduction=embedder.reduction.state_dict())
-    return packed | dict(state={} if embedder.name == "clip" else embedder.state_dict())
+    """What a checkpoint keeps of an `Embedder`: all but the weights of the public CLIP."""
+    packed = dict(name=embedder.name, weights=embedder.weights, fingerprint=fingerprint(embedder.backbone))
+    if embedder.name != "clip":
+        packed["state"] = embedder.backbone.state_dict()
+    if embedder.reduction is not None:
+        packed["kind"] = embedder.reduction.kind
+        packed["reduction"] = embedder.reduction.state_dict()
+    return packed
 
 
-def frozen(module, state):
-    """The module with these tensors, in eval mode and not to be trained."""
-    module.load_state_dict(state)
-    return module.eval().requires_grad_(False)
-
-
-def trained_clip(path):
-    """What the embedder's stage trained: its averaged `SmallClip`, reduced to few components. UserError."""
-    packed = load_checkpoint(path, "embedder")["embedder"]
-    if packed is None:
-        raise UserError(f"{path} is not trained to its end: python train.py --stage embedder")
-    return unpack_embedder(packed)
-
-
-def unpack_embedder(packed, clip_weights="openai"):
-    """A checkpoint's embedder, in eval mode. Raises UserError if CLIP's weights are not those of its run."""
-    if "reduction" in packed:
-        inner = unpack_embedder(packed["inner"], clip_weights)
-        return Reduced(inner, restore_reduction(packed["reduction"]))
+def unpack_embedder(packed, weights=None):
+    """A checkpoint's `Embedder`. `weights`: where CLIP's are now, if not where they were. UserError."""
     if packed["name"] == "clip":
-        embedder = ClipEmbedder(clip_weights)
-        if fingerprint(embedder) != packed["fingerprint"]:
-            raise UserError("CLIP's weights are not those of this run: give its own with --clip-weights FILE")
-        return embedder
-    if packed["name"] == "pixels":
-        return Pixels()
-    return frozen(SmallClip(packed["dim"]), packed["state"])
+        embedder = Embedder("clip", weights or packed["weights"])
+        if fingerprint(embedder.backbone) != packed["fingerprint"]:
+            raise UserError("CLIP's weights are not those of the training: add --embedder-weights FILE")
+    else:
+        embedder = Embedder(packed["name"])
+        embedder.backbone.load_state_dict(packed["state"])
+    if "reduction" in packed:
+        embedder.reduction = REDUCTIONS[packed["kind"]](**packed["reduction"])
+    return embedder
 
 
 @torch.no_grad()
-def embedding_bank(images, embedder, folder, augment=None, views=1, seed=0, device="cpu", batch=256):
-    """A data set's embeddings: a memory map (views, N, D + 9) float32 of [y, augmentation label].
+def embedding_bank(images, embedder, folder, augment=None, views=1, device="cpu", batch=256):
+    """A data set's embeddings, whole: (views, N, D + 9) float32, mapped, of [y, augmentation label].
 
     Computed once: the prior is tiny and CLIP is not, and trained from this bank it never waits for CLIP.
     View v of image i is an augmentation of its own; without augmentation there is one view.
-    Departure: the paper augments anew each time, here there are `views`.
+    Departure: the paper augments anew each time; here there are `views` of each image.
     """
-    N = len(images)
-    name = f"bank-{fingerprint(embedder)}-{images.fingerprint}"
-    if augment:
-        name += f"-p{augment.p:g}-s{seed}-v{views}"
-    else:
+    name = f"bank-{images.name}-{embedder.name}-{fingerprint(embedder.backbone)}"
+    if augment is None:
         views = 1
+    else:
+        name += f"-augment{augment.p:g}-views{views}"
+    N = len(images)
 
     def embed(start, stop):
-        rows = np.arange(start, stop)
-        x = images.batch(rows % N, device)
-        labels = torch.zeros(len(rows), LABEL_DIM, device=device)
-        if augment:
-            generator = torch.Generator().manual_seed(mix_seed("views", seed, start))
-            x, labels = augment(x, augment.random(len(rows), generator))
-        return torch.cat([embedder(x).float(), labels], dim=1).cpu().numpy()
+        x = images.batch(np.arange(start, stop) % N, device)
+        label = torch.zeros(len(x), LABEL_DIM, device=device)
+        if augment is not None:
+            torch.manual_seed(mix_seed(start))        # a bank does not depend on the seed of a training
+            x, label = augment(x)
+        return torch.cat([embedder.embed(x), label], dim=1).cpu().numpy()
 
-    row = np.dtype((np.float32, (embedder.dim + LABEL_DIM,)))
-    bank = made_once(Path(folder) / f"{name}.f32", views * N, row, embed, "embeddings", batch)
+    shape = (views * N, embedder.backbone.dim + LABEL_DIM)
+    bank = made_once(Path(folder, f"{name}.rows"), shape, np.float32, embed, "embedding", batch)
     return bank.reshape(views, N, -1)
 
 
@@ -877,11 +904,24 @@ SYM6 = np.array([0.015404109327027373, 0.0034907120842174702, -0.117990111148190
                  0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
                  -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148])
 SYM6 /= SYM6.sum()
+PAD = 5                                               # pixels beyond the edge that the filter reaches
 LABEL_DIM = 9
+
+
+def coins(batch, p):
+    """(batch,): 1 with probability p, else 0."""
+    return (torch.rand(batch) < p).float()
+
+
+def directions(batch):
+    """(batch,) angles, from the full circle."""
+    return (2 * torch.rand(batch) - 1) * math.pi
 
 
 class Augment:
     """Augments images as EDM does (Appendix F), each transform with probability p.
+
+    Departure: for the prior the paper names color jitter, too; the authors' code has none, nor has EDM's.
 
     `augment(images) -> (images, labels)`: (B, C, H, W) in [-1, 1] on any device -> the same, (B, 9). A label
     is [x-flip, y-flip, n of the scale, cos t - 1, sin t, n cos r, n sin r, n of x, n of y], 0 for what is not
@@ -894,59 +934,54 @@ class Augment:
         assert 0 <= p <= 1
         self.p = p
 
-    def random(self, batch, generator=None):
-        """All random numbers of a batch: (batch, 13) on the CPU, 9 uniform and 4 normal ones.
-
-        Row i belongs to image i alone: augment(images[a:b], numbers[a:b]) is augment(images, numbers)[a:b].
-        """
-        uniform = torch.rand(batch, 9, generator=generator)
-        return torch.cat([uniform, torch.randn(batch, 4, generator=generator)], dim=1)
-
-    def __call__(self, images, numbers=None):
-        # Planned on the CPU, which then knows without waiting for the device what needs resampling.
-        if numbers is None:
-            numbers = self.random(len(images))
-        coins, normal = numbers.T.split([9, 4])
-        coin, flip, zoom, turn, angle, stretch, frame, direction, shift = coins                    # (B,) each
-        (n_zoom, n_stretch), moves = normal[:2], normal[2:]
-        x_flip = (coin < 0.5).float()                                   # always active, whatever p is
-        y_flip = (flip < self.p / 2).float()                            # a fair coin, with probability p
-        n_zoom = n_zoom * (zoom < self.p)
-        theta = (2 * angle - 1) * math.pi * (turn < self.p)
-        n_stretch = n_stretch * (stretch < self.p)
-        r = (2 * direction - 1) * math.pi * (frame < 0.5)               # half of the time along the axes
-        moves = moves * (shift < self.p)                                # (2, B): right and down
+    def __call__(self, images):
+        # Drawn on the CPU, which then knows without waiting for the device what needs resampling.
+        B = len(images)
+        x_flip = coins(B, 0.5)                                          # always active, whatever p is
+        y_flip = coins(B, self.p) * coins(B, 0.5)
+        zoom = torch.randn(B) * coins(B, self.p)
+        turn = directions(B) * coins(B, self.p)
+        stretch = torch.randn(B) * coins(B, self.p)
+        frame = directions(B) * coins(B, 0.5)                           # half of the time along the axes
+        shift = torch.randn(B, 2) * coins(B, self.p)[:, None]           # right and down
         labels = torch.stack([
             x_flip,
             y_flip,
-            n_zoom,
-            theta.cos() - 1,
-            theta.sin(),
-            n_stretch * r.cos(),
-            n_stretch * r.sin(),
-            *moves
+            zoom,
+            turn.cos() - 1,
+            turn.sin(),
+            stretch * frame.cos(),
+            stretch * frame.sin(),
+            shift[:, 0],
+            shift[:, 1]
         ], dim=1)                                                                                  # (B, 9)
 
         # Forward: flip, zoom, turn, stretch, shift. Resampling needs the inverse: output -> input position.
-        squeeze = torch.stack([-n_stretch, n_stretch], dim=1).mul(0.2).exp2()
-        inverse = rotation(theta) @ rotation(-r) @ squeeze.diag_embed() @ rotation(r)              # (B, 2, 2)
-        inverse = inverse * n_zoom.mul(-0.2).exp2()[:, None, None]
-        offset = 0.125 * moves.T                                        # (B, 2) in units of width and height
+        squeeze = torch.stack([-0.2 * stretch, 0.2 * stretch], dim=1).exp2().diag_embed()
+        inverse = rotation(turn) @ rotation(-frame) @ squeeze @ rotation(frame)                    # (B, 2, 2)
+        inverse = inverse * (-0.2 * zoom).exp2()[:, None, None]
+        offset = 0.125 * shift                                          # in units of width and height
         rows = labels[:, 2:].any(1).nonzero().flatten()                 # (R,), those that are resampled
 
-        planned = (labels, rows, inverse[rows], offset[rows])
-        labels, rows, inverse, offset = (send(part, images.device) for part in planned)
-        for column, dim in ((0, 3), (1, 2)):
-            flipped = per_example(labels[:, column], images) > 0
-            images = torch.where(flipped, images.flip(dim), images)
+        labels = send(labels, images.device)
+        x_flip = per_example(labels[:, 0], images) > 0
+        y_flip = per_example(labels[:, 1], images) > 0
+        images = torch.where(x_flip, images.flip(3), images)
+        images = torch.where(y_flip, images.flip(2), images)
         if len(rows):
-            images = images.index_copy(0, rows, resample(images[rows], inverse, offset))
+            inverse = send(inverse[rows], images.device)
+            offset = send(offset[rows], images.device)
+            rows = send(rows, images.device)
+            with full_float32(images.device):
+                resampled = resample(images[rows], inverse, offset)
+            images = images.index_copy(0, rows, resampled)
         return images, labels
 
 
 def rotation(angle):
     """(B,) -> (B, 2, 2): with y pointing down, the inverse of a counter-clockwise turn by the angle."""
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     return torch.stack([cos, -sin, sin, cos], dim=1).unflatten(1, (2, 2))
 
 
@@ -955,22 +990,42 @@ def resample(images, inverse, offset):
 
     images (R, C, H, W), inverse (R, 2, 2), offset (R, 2) in image sizes: output position v shows the input at
     inverse (v - offset). Doubles the resolution, interpolates linearly there, and halves it again.
+    Departure: the filter is placed by its center of mass, 0.05 pixels from where EDM places it.
     """
     height, width = images.shape[2:]
-    with torch.autocast(images.device.type, enabled=False):
-        up_y, down_y, at_y = filters(height, images.device)         # (2H + 10, H), (H, 2H + 10), (2H + 10,)
-        up_x, down_x, at_x = filters(width, images.device)
-        fine = up_y @ images.float() @ up_x.T                           # (R, C, 2H + 10, 2W + 10)
-        x = at_x - (width - 1) / 2 - offset[:, 0, None, None] * width                     # (R, 1, 2W + 10)
-        y = at_y[:, None] - (height - 1) / 2 - offset[:, 1, None, None] * height          # (R, 2H + 10, 1)
-        grid = []
-        for row, at, size in ((0, at_x, width), (1, at_y, height)):
-            a, b = inverse[:, row, :, None, None].unbind(1)             # (R, 1, 1) each
-            position = a * x + b * y + (size - 1) / 2
-            position = size - 1 - (position % (2 * size - 2) - (size - 1)).abs()          # reflect
-            grid.append((position - at[0]) * (2 / (at[-1] - at[0])) - 1)
-        fine = F.grid_sample(fine, torch.stack(grid, dim=-1), align_corners=True)
-        return (down_y @ fine @ down_x.T).to(images.dtype)              # (R, C, H, W)
+    # (2H + 10, H), (H, 2H + 10), (2H + 10,)
+    up_y, down_y, at_y = filters(height, images.device)
+    up_x, down_x, at_x = filters(width, images.device)
+    fine = up_y @ images @ up_x.T                                       # (R, C, 2H + 10, 2W + 10)
+    center_x = (width - 1) / 2
+    center_y = (height - 1) / 2
+    x = at_x - center_x - offset[:, 0, None, None] * width              # (R, 1, 2W + 10)
+    y = at_y[:, None] - center_y - offset[:, 1, None, None] * height    # (R, 2H + 10, 1)
+    m = inverse[:, :, :, None, None]                                    # (R, 2, 2, 1, 1)
+    input_x = m[:, 0, 0] * x + m[:, 0, 1] * y + center_x                # (R, 2H + 10, 2W + 10)
+    input_y = m[:, 1, 0] * x + m[:, 1, 1] * y + center_y
+    grid_x = grid_position(input_x, width, at_x)
+    grid_y = grid_position(input_y, height, at_y)
+    fine = F.grid_sample(fine, torch.stack([grid_x, grid_y], dim=-1), align_corners=True)
+    return down_y @ fine @ down_x.T                                     # (R, C, H, W)
+
+
+def grid_position(position, size, at):
+    """Positions in pixels, anywhere -> as `grid_sample` wants them: from -1 at at[0] to 1 at at[-1].
+
+    Positions beyond the first and last pixel are reflected there.
+    """
+    period = 2 * (size - 1)
+    inside = size - 1 - (position % period - (size - 1)).abs()
+    return 2 * (inside - at[0]) / (at[-1] - at[0]) - 1
+
+
+def halving(size):
+    """(size, 2 size + 10): the matrix that weighs the fine samples 2 i, ..., 2 i + 11 to the coarse i."""
+    matrix = torch.zeros(size, 2 * size + 2 * PAD, dtype=torch.float64)
+    for i in range(size):
+        matrix[i, 2 * i:2 * i + 12] = torch.from_numpy(SYM6)
+    return matrix
 
 
 @functools.lru_cache(maxsize=16)
@@ -982,31 +1037,43 @@ def filters(size, device):
     after the other they are the identity.
     """
     assert size > 1
-    sym6 = torch.from_numpy(SYM6)[None, None]
-
-    def doubled(signals):
-        """(size, n) -> (size, 2 n + 10), each signal with zeros between its samples, filtered."""
-        return F.conv_transpose1d(torch.from_numpy(signals)[:, None], sym6, stride=2)[:, 0]
-
-    impulses = np.eye(size)
-    up = 2 * doubled(np.pad(impulses, ((0, 0), (5, 5)), "reflect"))[:, 10:-10].T
-    down = doubled(impulses)
-    # The filter's delay is its center of mass.
-    at = (torch.arange(2 * size + 10, dtype=torch.float64) - SYM6 @ np.arange(12)) / 2
-    return tuple(matrix.float().to(device) for matrix in (up, down, at))
+    mirror = np.pad(np.arange(size), PAD, "reflect")                    # of which pixel each one is a copy
+    mirror = F.one_hot(torch.from_numpy(mirror), size).double()         # (size + 10, size)
+    up = 2 * halving(size + 2 * PAD).T[2 * PAD:-2 * PAD] @ mirror
+    down = halving(size)
+    delay = SYM6 @ np.arange(12)                                        # of the filter: its center of mass
+    at = (torch.arange(2 * size + 2 * PAD, dtype=torch.float64) - delay) / 2
+    return up.float().to(device), down.float().to(device), at.float().to(device)
 
 
 # ============================================================================================================
 # 8 The embedded world
 # ============================================================================================================
-# A procedural data set, with the vocabulary of what its images show and its captions say.
-SHAPES = "circle ring square triangle cross star".split()
-COLORS = dict(red=0, orange=30, yellow=55, green=120, cyan=180, blue=225, purple=275, pink=325)    # hue in °
-COUNTS = "one two three four".split()
-ATTRIBUTES = dict(shape=len(SHAPES), color=len(COLORS), background=len(COLORS), count=len(COUNTS))
-PLURALS = [shape + ("es" if shape == "cross" else "s") for shape in SHAPES]
-WORDS = ["", "on", "a", "an", "background", *COUNTS, *COLORS, *SHAPES, *PLURALS]
-LONGEST_CAPTION = 7
+# A procedural data set of colored shapes, and its own CLIP.
+SHAPES = ["circle", "ring", "square", "triangle", "cross", "star"]
+COLORS = {                                            # hue in degrees
+    "red": 0,
+    "orange": 30,
+    "yellow": 55,
+    "green": 120,
+    "cyan": 180,
+    "blue": 225,
+    "purple": 275,
+    "pink": 325
+}
+COUNTS = ["one", "two", "three", "four"]
+ATTRIBUTES = {                                        # how many values each has
+    "shape": len(SHAPES),
+    "color": len(COLORS),
+    "background": len(COLORS),
+    "count": len(COUNTS)
+}
+QUADRANTS = torch.tensor([                            # to be countable, objects sit in different ones
+    [-0.48, -0.48],
+    [0.48, -0.48],
+    [0.48, 0.48],
+    [-0.48, 0.48]
+])
 
 
 def uniform(seed, index, slots):
@@ -1021,7 +1088,8 @@ def uniform(seed, index, slots):
 def hsv_to_rgb(hue, saturation, value):
     """Hue in degrees, saturation and value in [0, 1], which broadcast to (...) -> (..., 3) in [0, 1]."""
     k = (torch.tensor([5.0, 3.0, 1.0]) + hue[..., None] / 60) % 6
-    return value[..., None] * (1 - saturation[..., None] * torch.minimum(k, 4 - k).clip(0, 1))
+    missing = torch.minimum(k, 4 - k).clip(0, 1)
+    return value[..., None] * (1 - saturation[..., None] * missing)
 
 
 def signed_distance(shape, x, y):
@@ -1052,8 +1120,14 @@ def signed_distance(shape, x, y):
 def shapes_attributes(index, seed=0):
     """(N,) -> dict of (N,) int64: what image i shows. Background and objects always differ in color."""
     u = uniform(seed, index, 4)
-    shape, color, other, count = (u * torch.tensor([6, 8, 7, 4])).long().T
-    return dict(shape=shape, color=color, background=(color + 1 + other) % 8, count=count)
+    color = (u[:, 1] * len(COLORS)).long()
+    other = 1 + (u[:, 2] * (len(COLORS) - 1)).long()
+    return {
+        "shape": (u[:, 0] * len(SHAPES)).long(),
+        "color": color,
+        "background": (color + other) % len(COLORS),
+        "count": (u[:, 3] * len(COUNTS)).long()       # less one
+    }
 
 
 def shapes_images(index, resolution, seed=0):
@@ -1069,18 +1143,19 @@ def shapes_images(index, resolution, seed=0):
     y, x = torch.meshgrid(axis, axis, indexing="ij")                                      # (H, W)
     tilt = 2 * math.pi * u[:, 0]
     light = 0.42 + 0.1 * u[:, 1] + 0.14 * (x * tilt.cos() + y * tilt.sin())               # (N, H, W)
-    hue = hues[shown["background"]][:, None, None]
-    image = hsv_to_rgb(hue, 0.5 + 0.15 * u[:, 2], light)                                  # (N, H, W, 3)
+    background = hues[shown["background"]][:, None, None]
+    color = hues[shown["color"]][:, None, None]
+    image = hsv_to_rgb(background, 0.5 + 0.15 * u[:, 2], light)                           # (N, H, W, 3)
 
-    # To be countable, objects sit in different quadrants, in a random cyclic or anti-cyclic order.
+    # The quadrants are filled from a random one, in one direction or the other.
     start = (u[:, 3] * 4).long()
     turn = 2 * (u[:, 4] < 0.5).long() - 1
     for j in range(4):
         v = u[:, 5 + 5 * j:10 + 5 * j]                                                    # (N, 5, 1, 1)
-        quadrant = (start + turn * j) % 4
-        cx = torch.where(quadrant % 3 == 0, -0.48, 0.48) + 0.08 * (v[:, 0] - 0.5)
-        cy = torch.where(quadrant < 2, -0.48, 0.48) + 0.08 * (v[:, 1] - 0.5)
+        center = QUADRANTS[(start + turn * j) % 4]                                        # (N, 1, 1, 2)
         size = 0.42 + 0.06 * v[:, 2]
+        cx = center[..., 0] + 0.08 * (v[:, 0] - 0.5)
+        cy = center[..., 1] + 0.08 * (v[:, 1] - 0.5)
         px = (x - cx) / size                                                              # (N, H, W)
         py = (y - cy) / size
         distance = torch.empty_like(px)
@@ -1089,62 +1164,83 @@ def shapes_images(index, resolution, seed=0):
             distance[rows] = signed_distance(name, px[rows], py[rows])
         there = (j <= shown["count"])[:, None, None]
         cover = (0.5 - distance * size * resolution / 2).clip(0, 1) * there               # (N, H, W)
-        paint = hsv_to_rgb(hues[shown["color"]][:, None, None], 0.8 + 0.2 * v[:, 3], 0.85 + 0.15 * v[:, 4])
+        paint = hsv_to_rgb(color, 0.8 + 0.2 * v[:, 3], 0.85 + 0.15 * v[:, 4])
         image = image + cover[..., None] * (paint - image)
     return (image * 255).round().clip(0, 255).to(torch.uint8)
 
 
-def shapes_captions(index, seed=0):
-    """(N,) -> captions such as "three red stars on a blue background"."""
-    shown = shapes_attributes(index, seed)
-    colors = list(COLORS)
+def train_small_clip(images, steps=1250, batch=32, lr=2e-3, dim=64):
+    """The weights of the world's `SmallClip`, by CLIP's symmetric loss (Radford et al. 2021, Fig. 3).
+
+    `images` are the first of the world; a caption is four words, the values of ATTRIBUTES.
+    """
+    torch.manual_seed(0)                              # y is part of the data: the same for every --seed
     captions = []
-    for shape, color, background, count in zip(*(shown[name].tolist() for name in ATTRIBUTES)):
-        noun = PLURALS[shape] if count else SHAPES[shape]
-        scene = colors[background]
-        article = "an" if scene == "orange" else "a"
-        captions.append(f"{COUNTS[count]} {colors[color]} {noun} on {article} {scene} background")
-    return captions
+    for name, values in shapes_attributes(torch.arange(len(images))).items():
+        captions.append(F.one_hot(values, ATTRIBUTES[name]).float())
+    captions = torch.cat(captions, dim=1)                                                 # (N, 26)
+    vision = ConvNet(dim)
+    text = nn.Sequential(
+        nn.Linear(captions.shape[1], 128),
+        nn.SiLU(),
+        nn.Linear(128, dim)
+    )
+    log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+    optimizer = torch.optim.Adam([*vision.parameters(), *text.parameters(), log_temperature])
+    target = torch.arange(batch)
+    for step in progress(range(steps), "small CLIP", unit=" steps"):
+        rows = np.random.RandomState(step).choice(len(images), batch)
+        y = F.normalize(vision(images.batch(rows)), dim=1)                                # (B, dim)
+        t = F.normalize(text(captions[rows]), dim=1)
+        logits = y @ t.T * log_temperature.exp()                                          # (B, B)
+        of_images = F.cross_entropy(logits, target)
+        of_captions = F.cross_entropy(logits.T, target)
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        optimizer.zero_grad()
+        (of_images + of_captions).backward()
+        optimizer.step()
+
+    # A short training of prior and image model learns few numbers better than many: of the 64 numbers the
+    # first principal components, at CLIP's rms, become the last layer.
+    with torch.no_grad():
+        y = vision(images.batch(np.arange(min(len(images), 5000))))
+        pca = PCA.fit(y, SmallClip.dim)
+        scale = 0.5 / pca.transform(y).square().mean().sqrt()
+        weight = scale * pca.basis.T @ vision.out.weight
+        bias = scale * pca.transform(vision.out.bias)
+        vision.out = nn.Linear(128, SmallClip.dim)
+        vision.out.weight.copy_(weight)
+        vision.out.bias.copy_(bias)
+    return vision.state_dict()
+
+
+def embedder_weights(config):
+    """Where the weights of --embedder are. The world's own CLIP is trained here, once, on all of it."""
+    if config.embedder != "shapes":
+        return config.embedder_weights
+    folder = Path(config.runs, config.dataset, "data")
+    path = folder / f"clip-{config.resolution}-{config.size}.pt"
+    cached(path, lambda: train_small_clip(shapes_world(config.size, config.resolution, folder)))
+    return str(path)
 
 
 # ============================================================================================================
 # 9 Sets of images
 # ============================================================================================================
-def send(array, device):
-    """An array or CPU tensor -> tensor on the device; to a GPU without waiting for what it is doing."""
-    tensor = torch.from_numpy(np.require(array, requirements="W"))        # a copy of what is only mapped
-    if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-class Rows:
-    """An array (total, *shape) that is read anew wherever it is asked for: read(rows (B,)) -> (B, *shape)."""
-
-    def __init__(self, read, total, shape):
-        self.read, self.numbers = read, np.arange(total)
-        self.shape = (total, *shape)
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __getitem__(self, rows):
-        return self.read(self.numbers[rows])
-
-
 @dataclass
 class Images:
-    """A set of images: pixels (N, R, R, 3) uint8, labels (N,) int64 or None, the names of the classes.
+    """A set of images: pixels (N, R, R, 3) uint8, in memory, mapped, or an `ImageFiles`.
 
-    The pixels are in memory, mapped, or `Rows`. `fingerprint` (12 digits) tells the set from others. Latents,
-    if there are any, are the moments (N, 2C, r, r) float32 that an `Autoencoder` made of the pixels.
+    `name` tells it from others: caches are named after it. labels (N,) int64 or None, the names of the
+    classes, or why there are none, and, if there are any, the latents' moments (N, 2C, r, r) float16, as
+    `Autoencoder.encode` says.
     """
     name: str
-    pixels: "np.ndarray | Rows"
-    fingerprint: str
+    pixels: "np.ndarray | ImageFiles"
     labels: np.ndarray | None = None
     classes: list | tuple = ()
-    latents: "np.ndarray | Rows | None" = None
+    why_no_classes: str = ""
+    latents: np.ndarray | None = None
 
     def __len__(self):
         return len(self.pixels)
@@ -1153,333 +1249,560 @@ class Images:
     def resolution(self):
         return self.pixels.shape[1]
 
-    @property
-    def shape(self):
-        """(C, H, W) of what the image network models: the images, or their latents where there are any."""
-        if self.latents is not None:
-            return self.latents.shape[1] // 2, *self.latents.shape[2:]
-        return 3, self.resolution, self.resolution
-
     def batch(self, rows, device="cpu"):
         """(B,) -> (B, 3, R, R) float32 in [-1, 1], channels last in memory, which convolutions prefer."""
-        return to_float(send(self.pixels[rows], device)).permute(0, 3, 1, 2)
-
-    def subset(self, rows):
-        """The images of these rows (M,), still unread."""
-        def some(array):
-            return array if array is None else Rows(lambda i: array[rows[i]], len(rows), array.shape[1:])
-
-        labels = None if self.labels is None else self.labels[rows]
-        fingerprint = hash_of(self.fingerprint.encode(), rows)
-        return Images(self.name, some(self.pixels), fingerprint, labels, self.classes, some(self.latents))
+        pixels = send(self.pixels[rows], device)
+        return to_float(pixels).permute(0, 3, 1, 2)
 
 
-def made_once(path, total, row, make, what, batch=256):
-    """A memory map of `total` rows of the dtype `row`, made once by make(start, stop), whatever happens.
+def send(array, device):
+    """An array or CPU tensor -> tensor on the device; to a GPU without waiting for what it is doing."""
+    array = np.require(array, requirements="W")       # a copy of what is only mapped
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
-    Rows are appended to a .part file, so that a killed process goes on where it was, to the bit; the finished
-    file arrives by a rename. Another process that wants it waits. Raises UserError if the disk is full.
+
+def made_once(path, shape, dtype, make, what, batch=256):
+    """An array of this shape, mapped, whose rows make(start, stop) makes once and for all.
+
+    They are appended to a .part file, so that a killed process goes on where it was, to the bit; the finished
+    file arrives by a rename. Another process that wants it waits.
     """
-    row = np.dtype(row)
-    size = total * row.itemsize
-    part = path.with_suffix(".part")
-    with locked(path.with_suffix(".lock")):
-        if not path.exists() or path.stat().st_size != size:
-            with writing(part), open(part, "ab") as file:
-                # Whole batches, as they are made as one.
-                done = file.tell() // (row.itemsize * batch) * batch
-                file.truncate(done * row.itemsize)
-                with tqdm(total=total, initial=done, desc=what, unit=" images") as bar:
+    total, *row = shape
+    row_bytes = math.prod(row) * np.dtype(dtype).itemsize
+    with locked(path.with_suffix(".lock")) as alone:
+        # Where there are no locks, several processes may make the same.
+        part = path.with_suffix(".part" if alone else f".{os.getpid()}.part")
+        if not path.exists():
+            with open(part, "ab") as file:
+                done = file.tell() // (row_bytes * batch) * batch         # whole batches, as they are made
+                file.truncate(done * row_bytes)
+                with progress(what=what, total=total, initial=done) as bar:
                     for start in range(done, total, batch):
                         stop = min(start + batch, total)
-                        file.write(np.ascontiguousarray(make(start, stop), row.base))
+                        made = np.ascontiguousarray(make(start, stop), dtype)
+                        file.write(made.data)
                         bar.update(stop - start)
-                file.flush()
-                os.fsync(file.fileno())
             os.replace(part, path)
-    return np.memmap(path, row, "r", shape=(total,))
+    if path.stat().st_size != total * row_bytes:
+        raise UserError(f"{path} is damaged: delete it, and it is made anew")
+    try:
+        return np.memmap(path, dtype, "r", shape=shape)
+    except OSError:                                   # some file systems can only read all of it
+        return np.fromfile(path, dtype).reshape(shape)
 
 
-SUFFIXES = ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .ppm .pgm"
-FORMATS = "PNG JPEG WEBP BMP GIF TIFF PPM".split()    # no EPS: Pillow would start Ghostscript
-LARGEST_FILE = 2**28                                  # bytes; more is a mistake, or a bomb
-MOST_CLASSES = 100_000
+SUFFIXES = [".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+            ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".tga"]
+READERS = Image.registered_extensions()               # of the installed Pillow
+SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix in READERS)
+FORMATS = [READERS[suffix] for suffix in SUFFIXES]
+# Long texts beside a picture are not read here; Pillow would refuse the picture.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**30
+PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 warnings.filterwarnings("ignore", module="PIL")       # on odd EXIF, palettes and large sizes
 
 
 class ImageFiles:
-    """The images of a folder or zip at any depth: names (N), sorted, labels (N,) int64 or None, classes.
+    """The images of a folder or zip, at any depth, read when they are looked at.
 
-    Labels come from EDM's dataset.json where there is one. Otherwise the folders right below the deepest
-    folder that holds everything are the classes, in sorted order, if every image lies in one of them. `key`
-    changes with names, sizes, times (in a zip: checksums) and labels. Raises UserError.
+    `names` (N), with / between folders; `files[rows]` -> (B, R, R, 3) uint8, center squares. Unless their
+    names are given, the source is listed, and `key` changes with names, sizes and times. Without a
+    resolution, all must be squares of one size. Raises UserError.
     """
 
-    def __init__(self, source):
+    def __init__(self, source, resolution=None, names=None):
         self.source = Path(source)
-        with reading(source, "give --data FOLDER_OR_ZIP of images, downloaded whole"):
-            files = dict(list_files(self.source))
-        self.names = sorted(filter(is_image, files))
-        self.files = [files[name] for name in self.names]                 # (size, stamp, path) of each
-        if not self.names:
-            raise UserError(f"{source} holds no images ({SUFFIXES}, at any depth): give another path")
-        self.labels, self.classes = None, []
-        folders = [name.split("/")[:-1] for name in self.names]
-        depth = len(posixpath.commonprefix(folders))  # of the deepest that holds everything
-        kinds = [[*folder, ""][depth] for folder in folders]
-        if all(kinds):
-            classes, self.labels = np.unique(kinds, return_inverse=True)
-            self.classes = classes.tolist()
-        tables = [name for name in files if posixpath.basename(name) == "dataset.json"]
-        if tables:
-            table = min(tables, key=len)              # the one nearest to the top
-            self.labels, self.classes = self.json_labels(table, files[table])
-        self.label_bytes = b"" if self.labels is None else self.labels.tobytes()
-        listed = [(name, size, stamp) for name, (size, stamp, _) in zip(self.names, self.files)]
-        self.key = hash_of(self.label_bytes, repr(listed).encode())
+        if names is None:
+            self.listed, self.folders = list_files(self.source)
+            names = [name for name in sorted(self.listed) if name.lower().endswith(SUFFIXES)]
+            if "settings.json" in self.listed and "grid.png" in names:
+                names.remove("grid.png")              # sample.py's picture of all
+            self.key = hash_of(repr([(name, self.listed[name]) for name in names]))
+        if len(names) == 0:
+            raise UserError(f"{source} holds no images to be read ({' '.join(SUFFIXES)}): give another path")
+        self.names = np.array(names)
+        resolution = resolution or self.common_size()
+        self.shape = (len(names), resolution, resolution, 3)
 
-    def json_labels(self, table, file):
-        """(labels (N,), class names) of EDM's {"labels": [[name, int], ...]}; (None, []) if that is null."""
-        folder = posixpath.dirname(table)
-        with reading(self.source / table, 'it should be {"labels": [[name, number], ...]} with every image '
-                     'or {"labels": null}: repair or remove it'):
-            pairs = json.loads(content(file))["labels"]
-            if pairs is None:
-                return None, []
-            numbers = dict(pairs)
-            labels = [numbers[name.removeprefix(folder).lstrip("/")] for name in self.names]
-            assert set(labels) <= set(range(MOST_CLASSES))
-            return np.array(labels, np.int64), [str(i) for i in range(max(labels) + 1)]
+    def __len__(self):
+        return len(self.names)
 
-    def load(self, rows, resolution):
-        """Rows (B,) -> pixels (B, R, R, 3), black where there are none to be had, and {row: why} of these."""
-        faults = {}
+    def __getitem__(self, rows):
+        return self.each(self.load, self.names[rows])
 
-        def load_one(row):
-            try:
-                return read_square(content(self.files[row]), resolution)
-            except Exception as error:                # on bad bytes Pillow's readers raise anything
-                faults[row] = str(error).split(" <")[0][:100]             # no addresses of objects
-                return np.zeros((resolution, resolution, 3), np.uint8)
-
+    def each(self, function, names):
+        """The function of each name, as an array. Threads help: decoding needs no interpreter."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            pixels = np.stack(list(pool.map(load_one, rows)))             # decoding needs no interpreter
-        return pixels, faults
+            return np.stack(list(pool.map(function, names)))
+
+    @functools.cached_property
+    def archive(self):
+        return open_zip(self.source)
+
+    def content(self, name):
+        """The bytes of a file."""
+        if self.source.is_dir():
+            return Path(self.source, name).read_bytes()
+        archive, entries = self.archive
+        return archive.read(entries[name])
+
+    @contextmanager
+    def reading(self, name):
+        """Gives the bytes of an image; whatever is wrong with them becomes a sentence that names it."""
+        try:
+            yield self.content(name)
+        except MemoryError:
+            raise
+        except Exception as error:                    # on damaged files Pillow and zipfile raise anything
+            reason = one_line(error).split(" <")[0]   # without addresses of objects
+            raise UserError(f"{name} in {self.source} cannot be read ({reason}): repair or remove it; "
+                            f"train.py --skip-bad leaves all such images out") from error
+
+    def load(self, name):
+        """The name of an image -> (R, R, 3) uint8."""
+        with self.reading(name) as file:
+            return read_square(file, self.shape[1])
+
+    def is_good(self, name):
+        with suppress(UserError):
+            self.load(name)
+            return True
+        return False
+
+    def common_size(self):
+        """The side of all images, which must be squares."""
+        side = None
+        for name in self.names:
+            with self.reading(name) as file:
+                width, height = Image.open(io.BytesIO(file), formats=FORMATS).size
+            side = side or width
+            if (width, height) != (side, side):
+                raise UserError(f"{name} in {self.source} has {width}x{height} pixels, {self.names[0]} is "
+                                f"{side} wide: give squares of one size")
+        return side
+
+
+def open_zip(source):
+    """-> an open zip, and its entries by the names that the files have when unpacked. Raises UserError."""
+    try:
+        archive = zipfile.ZipFile(source)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{source} is neither a folder nor a whole zip ({one_line(error)}): give the path of "
+                        f"the images") from error
+    return archive, {plain_name(entry.filename): entry for entry in archive.infolist()}
+
+
+def plain_name(name):
+    """The path of a file below a folder, as POSIX writes it, of what Windows or an archiver has written."""
+    return posixpath.normpath("./" + name.replace("\\", "/"))
 
 
 def list_files(source):
-    """(name, (size, stamp, path)) of a folder's or zip's files; links are followed, but no folder twice."""
-    if not source.is_dir():
-        archive = zipfile.ZipFile(source)             # its paths keep it open
-        for entry in archive.infolist():
-            name = entry.filename
-            yield name, (entry.file_size, entry.CRC, zipfile.Path(archive, name))
-        return
-    seen = set()
-    for folder, inner, names in os.walk(source, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            inner.clear()
-            continue
-        seen.add(real)
-        for name in names:
-            path = Path(folder, name)
-            info = path.stat(follow_symlinks=path.exists())
-            yield path.relative_to(source).as_posix(), (info.st_size, info.st_mtime_ns, path)
+    """A folder or zip -> {name of a file below it: its size and time or checksum}, the folders {Path}.
+
+    What is hidden is left out. Raises UserError.
+    """
+    files = {}
+    folders = set()
+    if source.is_dir():
+        for place, inner, names in os.walk(source, onerror=refuse_folder, followlinks=True):
+            place = Path(place)
+            inner[:] = [name for name in inner if not is_hidden(name)]
+            if place.resolve() in [above.resolve() for above in place.parents]:
+                inner.clear()                         # a link to a folder above would never end
+                continue
+            folder = place.relative_to(source)
+            folders.add(folder)
+            for name in names:
+                path = place / name
+                if is_hidden(name):
+                    continue
+                if not path.is_file():
+                    raise UserError(f"{path} is no file, or a link to nothing: mend or remove it")
+                found = path.stat()
+                files[(folder / name).as_posix()] = found.st_size, found.st_mtime_ns
+    else:
+        _, entries = open_zip(source)
+        for name, entry in entries.items():
+            if is_hidden(name):
+                continue
+            if entry.filename.endswith(("/", "\\")):
+                folders.add(Path(name))
+            else:
+                folders.add(Path(name).parent)
+                files[name] = entry.file_size, entry.CRC
+    return files, folders
 
 
-def content(file):
-    """The bytes of a listed file, of a zip without unpacking it. Raises what the system and zipfile do."""
-    size, stamp, path = file
-    if size > LARGEST_FILE or not path.is_file():     # a pipe or a device would be read forever
-        raise ValueError("not a regular file of at most 256 MB")
-    return path.read_bytes()
+def refuse_folder(error):
+    raise UserError(f"the folder {error.filename} cannot be read ({error.strerror}): mend its rights")
 
 
-def is_image(name):
-    """Whether a name ends like an image's and no part is hidden; a Mac leaves __MACOSX in its zips."""
-    hidden = "/." in f"/{name}" or "__MACOSX" in name
-    return Path(name).suffix.lower() in SUFFIXES.split() and not hidden
+def is_hidden(name):
+    """Whether a part of a path begins with a dot, or a Mac has left it in a zip."""
+    return "/." in f"/{name}" or "__MACOSX" in name
+
+
+def find_labels(files):
+    """The classes of `ImageFiles` -> labels [N] or None, names of the classes, why there are none.
+
+    They come from EDM's dataset.json, if there is one, or are the innermost folders, so that {train,test}/cat
+    are one class. Raises UserError.
+    """
+    tables = [name for name in files.listed if posixpath.basename(name) == "dataset.json"]
+    if tables:
+        return read_labels(files, min(tables, key=len))                   # the one nearest to the top
+    places = [Path(name).parent for name in files.names]
+    if Path() in places:
+        return None, [], f"{files.names[places.index(Path())]} does not lie in a folder"
+    full = set(places)
+    for place in set(places):
+        full.update(place.parents)
+    empty = files.folders - full
+    if empty:
+        raise UserError(f"the folder {min(empty)} of {files.source} holds no images: fill or remove it")
+    classes, labels = np.unique([place.name for place in places], return_inverse=True)
+    return labels.tolist(), classes.tolist(), ""
+
+
+def read_labels(files, table):
+    """EDM's {"labels": [[name, number], ...]}, or null, in the file `table` -> as `find_labels`."""
+    where = f"{table} in {files.source}"
+    folder = posixpath.dirname(table)
+    try:
+        pairs = json.loads(files.content(table))["labels"]
+        if pairs is None:
+            return None, [], f"{where} has no labels"
+        numbers = {same_letters(posixpath.join(folder, name)): number for name, number in pairs}
+    except Exception as error:                        # a foreign file fails as it likes
+        raise UserError(f'{where} should be {{"labels": [[name, number], ...]}} with every image, or '
+                        f'{{"labels": null}}: repair or remove it') from error
+    labels = []
+    for name in files.names:
+        number = numbers.get(same_letters(name))
+        whole = isinstance(number, int | float) and number % 1 == 0
+        if not whole or not 0 <= number < 100_000:
+            raise UserError(f"{where} has for {name} the label {number}, not a whole number from 0: mend it")
+        labels.append(int(number))
+    return labels, [str(i) for i in range(max(labels) + 1)], ""
+
+
+def same_letters(name):
+    """A path, plain; an accented letter may be one character or two."""
+    return unicodedata.normalize("NFC", plain_name(name))
+
+
+TURNS = {                                             # EXIF's orientations
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90
+}
+
+
+def open_image(file):
+    """The bytes of an image file -> loaded Pillow image. Raises what Pillow raises."""
+    image = Image.open(io.BytesIO(file), formats=FORMATS)
+    image.load()                                      # now: a GIF or TIFF settles its mode only here
+    return image
+
+
+def open_jpeg(file):
+    """Of a JPEG without its end mark. What comes behind all pixels changes none: if it does, some lack."""
+    image = open_image(file + b"\xff\xd9")
+    other = open_image(file + b"\xaa" * 999 + b"\xff\xd9")                # libjpeg takes 0s for what lacks
+    if image.tobytes() != other.tobytes():
+        raise ValueError("the file is cut off")
+    return image
 
 
 def read_square(file, resolution):
-    """The bytes of an image file -> (R, R, 3) uint8, its center square.
+    """The bytes of an image file -> (R, R, 3) uint8, its center square. Raises what Pillow raises.
 
     Every mode becomes RGB: transparency is laid on white, 16-bit gray is rounded to 8 bits, EXIF orientation
-    is applied, color profiles are ignored, an animation gives its first frame. Raises what Pillow raises.
+    is applied, color profiles are ignored, an animation gives its first frame.
     """
-    image = Image.open(io.BytesIO(file), formats=FORMATS)
-    image.load()                                     # first: a GIF or TIFF settles its mode only here
-    ImageOps.exif_transpose(image, in_place=True)
+    if file.startswith(b"\xff\xd8") and b"\xff\xd9" not in file[-1024:]:
+        image = open_jpeg(file)
+    else:
+        image = open_image(file)
+    orientation = None
+    with suppress(Exception):                         # odd EXIF does not spoil a picture
+        orientation = image.getexif().get(0x0112)
+    if image.mode.startswith(("I", "F")):             # Pillow's convert would clip 16 bits to 255
+        image = eight_bits(image)
+    if orientation in TURNS:
+        image = image.transpose(TURNS[orientation])
     side = min(image.size)
-    if side < 2:
-        raise ValueError(f"only {image.width}x{image.height} pixels")
     left = (image.width - side) // 2
     top = (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
-    if image.mode.startswith(("I", "F")):            # Pillow's convert would clip 16 bits to 255
-        gray = np.asarray(image).astype(np.int64)
-        if image.mode == "F" or gray.min() < 0 or gray.max() > 65535:
-            raise ValueError("32-bit pixels, whose white is not defined")
-        image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS))
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    image = image.convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS)
+    return np.asarray(image)
 
 
-def prepare_images(source, resolution, cache, skip_bad=False, autoencoder=None):
+def eight_bits(image):
+    """A 16-bit gray image, 0 = black -> one of 8 bits, rounded. Raises ValueError if it is of another kind."""
+    tags = getattr(image, "tag_v2", {})               # a TIFF's: its bits, whether 0 is white, its sign
+    kind = (tags.get(258, (16,)), tags.get(262, 1), tags.get(339, (1,)))
+    gray = np.asarray(image).astype(np.int64)
+    plain = kind == ((16,), 1, (1,)) and image.mode != "F" and "transparency" not in image.info
+    if not plain or gray.min() < 0 or gray.max() > 65535:
+        raise ValueError("neither of 8 bits nor of 16, black to white: save it as such a PNG")
+    return Image.fromarray(((gray + 128) // 257).astype(np.uint8))
+
+
+def prepare_images(source, resolution, cache, skip_bad=False, keep_pixels=True):
     """All images of a folder or zip as `Images` at R x R, prepared once in the folder `cache`, then mapped.
 
-    With an `Autoencoder`, on whatever device it is, the cache holds the images' latents instead of pixels.
-    What was prepared is used again only if the `key` of the files and the settings are the same, otherwise it
-    is prepared anew beside the old. Bad images are named at the end, by a UserError unless `skip_bad`.
+    From then on the source is not needed, unless pixels are not kept; of its folders the times alone are
+    looked at. Raises UserError if an image cannot be read, unless `skip_bad`.
     """
-    files = ImageFiles(source)
-    total = len(files.names)
-    square = resolution, resolution, 3
-    name = f"pixels-{resolution}"
-    kept = np.uint8, square
-    if autoencoder is not None:
-        name = f"latents-{resolution}-{fingerprint(autoencoder)}"
-        black = torch.zeros(1, 3, resolution, resolution, device=autoencoder.mean.device)
-        kept = np.float32, tuple(autoencoder.encode(black)[0].shape)
-    row = np.dtype([("good", np.bool_), ("kept", *kept)])
-
-    def make(start, stop):
-        made = np.zeros(stop - start, row)
-        pixels, faults = files.load(range(start, stop), resolution)
-        made["good"] = [i not in faults for i in range(start, stop)]
-        if autoencoder is not None:
-            x = Images("", pixels, "").batch(slice(None), autoencoder.mean.device)
-            pixels = autoencoder.encode(x).cpu()
-        made["kept"] = pixels
-        return made
-
-    def read(rows):
-        pixels, faults = files.load(rows, resolution)
-        for i in faults:
-            raise UserError(f"{source}: {files.names[i]} cannot be read any more: put it back, or start "
-                            f"again to prepare the images as they are now")
-        return pixels
-
-    batch = min(max(2**25 // (3 * resolution**2), 16), 512)               # about 32 MB of pixels
-    path = Path(cache) / f"{name}-{files.key}.rows"
-    rows = made_once(path, total, row, make, "preparing", batch)
-
-    def summarize():                                  # what only a look at all rows can tell
-        return dict(bad=np.flatnonzero(~rows["good"]).tolist(), hash=hash_of(rows.view(np.uint8)))
-
-    bad, pixels_hash = cached(path.with_suffix(".pt"), summarize).values()
-    if bad and (not skip_bad or len(bad) == total):
-        _, faults = files.load(bad[:5], resolution)
-        among = ", ".join(f"{files.names[i]} ({faults.get(i)})" for i in bad[:5])
-        raise UserError(f"{len(bad)} of {total} images cannot be used, among them {among}: repair or "
-                        f"remove them, or go on without them (--skip-bad); what is done is kept")
-    digest = hash_of(pixels_hash.encode(), files.label_bytes)
-    images = Images(str(source), rows["kept"], digest, files.labels, files.classes)
-    if autoencoder is not None:
-        images.latents = images.pixels
-        images.pixels = Rows(read, total, square)
-    return images.subset(np.setdiff1d(np.arange(total), bad)) if bad else images
+    source = Path(source).absolute()
+    path = Path(cache, f"{source.stem}-{hash_of(str(source))[:6]}-{resolution}.set")
+    known = json.loads(cached(path, lambda: json.dumps(survey(source, resolution))))
+    for folder, time in known["times"].items():
+        place = Path(source, folder)
+        if source.exists() and (not place.exists() or place.stat().st_mtime_ns != time):
+            say(f"{place} has changed since {source} was prepared; the images are used as they were then. "
+                f"To prepare them anew, delete {path}")
+            break
+    name = known["name"]
+    labels = known["labels"]
+    files = ImageFiles(source, resolution, known["names"])
+    if labels is not None:
+        labels = np.array(labels)
+    if skip_bad:
+        good = made_once(Path(cache, f"{name}.good"), (len(files),), bool,
+                         lambda start, stop: files.each(files.is_good, files.names[start:stop]), "checking")
+        if not good.all():
+            bad = files.names[~good]
+            say(f"{len(bad)} images cannot be read and are left out: {', '.join(bad[:10])}")
+            name += "-good"
+            files = ImageFiles(source, resolution, files.names[good])
+            if labels is not None:
+                labels = labels[good]
+    pixels = files
+    if keep_pixels:
+        pixels = made_once(Path(cache, f"{name}.rows"), files.shape, np.uint8,
+                           lambda start, stop: files[start:stop], "preparing", batch=512)
+    return Images(name, pixels, labels, known["classes"], known["why_no_classes"])
 
 
-def shapes_world(index, resolution, seed=0):
-    """Images (N,) of the embedded world; the class is the shape."""
-    parts = tqdm(index.split(500), "drawing shapes", leave=False)
-    pixels = torch.cat([shapes_images(part, resolution, seed) for part in parts]).numpy()
-    labels = shapes_attributes(index, seed)["shape"].numpy()
-    return Images("shapes", pixels, hash_of(pixels), labels, SHAPES)
+def survey(source, resolution):
+    """Lists a folder or zip -> what is to be known of its images without looking again, and says it."""
+    files = ImageFiles(source, resolution)
+    names = files.names.tolist()
+    labels, classes, why_no_classes = find_labels(files)
+    kinds = f"no classes, as {why_no_classes}"
+    if labels is not None:
+        counts = [f"{name} {count}" for name, count in zip(classes, np.bincount(labels))]
+        if len(counts) > 20:
+            counts[20:] = ["..."]
+        kinds = f"{len(classes)} classes: {', '.join(counts)}"
+    others = collections.Counter(Path(name).suffix.lower() for name in set(files.listed) - set(names))
+    left_out = ", ".join(f"{others[suffix]} {suffix or 'without suffix'}" for suffix in sorted(others))
+    say(f"{source}: {len(names):,} images, {kinds}; files that are no images: {left_out or 'none'}")
+    folders = files.folders if source.is_dir() else [""]
+    times = {str(folder): Path(source, folder).stat().st_mtime_ns for folder in folders}
+    sizes = [files.listed[name][0] for name in names]
+    some = [files.content(name) for name in names[::len(names) // 100 + 1]]
+    return dict(
+        name=f"{source.stem}-{resolution}-{hash_of(repr([names, sizes, labels]), *some)}",
+        source=str(source),
+        times=times,
+        names=names,
+        labels=labels,
+        classes=classes,
+        why_no_classes=why_no_classes
+    )
 
 
-def cifar10(folder):
-    """CIFAR-10's 50,000 training images, which torchvision downloads into the folder once."""
-    import torchvision
-    url = torchvision.datasets.CIFAR10.url
-    remedy = f"fetch {url} elsewhere, put it into a folder and give --data FOLDER"
-    with locked(Path(folder) / "lock"), redirect_stdout(sys.stderr), loading("CIFAR-10", remedy):
-        data = torchvision.datasets.CIFAR10(folder, train=True, download=True)
-    pixels = np.ascontiguousarray(data.data)
-    labels = np.array(data.targets, np.int64)
-    return Images("cifar10", pixels, hash_of(pixels, labels), labels, data.classes)
+def shapes_world(total, resolution, cache, first=0):
+    """`total` images of the embedded world, from number `first`; the class is the shape."""
+    def draw(start, stop):
+        return shapes_images(torch.arange(first + start, first + stop), resolution).numpy()
+
+    name = f"shapes-{resolution}-{first}-{first + total}"
+    pixels = made_once(Path(cache, f"{name}.rows"), (total, resolution, resolution, 3), np.uint8, draw, "drawing")
+    labels = shapes_attributes(torch.arange(first, first + total))["shape"].numpy()
+    return Images(name, pixels, labels, SHAPES)
+
+
+TORCHVISION = {"cifar10": "CIFAR10", "fashion-mnist": "FashionMNIST"}
+
+
+def torchvision_images(config, cache, train):
+    """The training or test set of a data set of torchvision's, at R x R, in RGB; downloaded once. UserError."""
+    import torchvision                                # a second to import
+    kind = getattr(torchvision.datasets, TORCHVISION[config.dataset])
+    with locked(Path(cache, "download.lock")):
+        folder = config.data or cache
+        for packed in Path(folder).glob("*-ubyte.gz"):                    # Fashion-MNIST's, as it is published
+            plain = Path(cache, "FashionMNIST/raw", packed.stem)
+            if not plain.exists():
+                with written(plain) as file:
+                    file.write(gzip.decompress(packed.read_bytes()))
+            folder = cache
+        try:
+            data = kind(folder, train=train, download=True)
+        except Exception as error:                    # no connection, or damaged files
+            where = getattr(kind, "url", None) or f"the four .gz files of {kind.mirrors[0]}"
+            raise UserError(f"{config.dataset} cannot be had ({one_line(error)}): fetch {where} elsewhere, put "
+                            f"what there is into a folder and give --data FOLDER") from error
+    given = np.asarray(data.data)                     # (N, H, W, 3), or (N, H, W) if gray
+
+    def resize(start, stop):
+        size = (config.resolution, config.resolution)
+        images = [Image.fromarray(array).convert("RGB") for array in given[start:stop]]
+        return np.stack([image.resize(size, Image.Resampling.LANCZOS) for image in images])
+
+    split = "train" if train else "test"
+    name = f"{config.dataset}-{config.resolution}-{split}-{len(given)}"
+    shape = (len(given), config.resolution, config.resolution, 3)
+    pixels = made_once(Path(cache, f"{name}.rows"), shape, np.uint8, resize, "preparing")
+    return Images(name, pixels, np.array(data.targets), data.classes)
+
+
+HOMES = {                                             # where the paper's data sets are had
+    "afhq": "AFHQv2 is at github.com/clovaai/stargan-v2",
+    "ffhq": "FFHQ is at github.com/NVlabs/ffhq-dataset",
+    "imagenet": "ImageNet's training images are at image-net.org"
+}
+
+
+def find_source(config, cache):
+    """Where a data set is: at --data, in what is prepared already, or in data/. Raises UserError."""
+    if config.data:
+        return Path(config.data)
+    if config.dataset == "folder":
+        raise UserError("--dataset folder needs your images: add --data FOLDER_OR_ZIP")
+    prepared = list(cache.glob(f"*-{config.resolution}.set"))
+    if len(prepared) == 1:
+        return Path(load_checkpoint(prepared[0])["content"]["source"])
+    name = config.dataset.split("-")[0]               # the ImageNet presets share one
+    for place in (Path("data", name), Path("data", f"{name}.zip")):
+        if place.exists():
+            return place
+    raise UserError(f"--dataset {config.dataset} needs its images: {HOMES[name]}; put them into data/{name} or "
+                    f"data/{name}.zip, or give --data FOLDER_OR_ZIP")
 
 
 def load_images(config, autoencoder=None):
-    """The training images that a configuration names, with latents if there is an autoencoder. UserError."""
-    cache = Path(config.runs) / config.dataset / "data"
+    """The training images of a configuration of train.py, with latents if there is an autoencoder. UserError.
+
+    `config` has runs, dataset, data, resolution, size, limit and skip_bad.
+    """
+    cache = Path(config.runs, config.dataset, "data")
     if config.dataset == "shapes":
-        # Each of them is random: the first are a random choice, too.
-        size = min(config.size, config.limit or config.size)
-        return shapes_world(torch.arange(size), config.resolution, config.seed)
-    if config.dataset == "cifar10" and (not config.data or list(Path(config.data).glob("cifar-10-*py*"))):
-        if config.resolution != 32:
-            raise UserError(f"--resolution {config.resolution}: the images of cifar10 have 32")
-        images = cifar10(config.data or cache)
-    elif not config.data:
-        raise UserError(f"--dataset {config.dataset} needs its images: add --data FOLDER_OR_ZIP")
+        images = shapes_world(config.size, config.resolution, cache)
+    elif config.dataset in TORCHVISION:
+        images = torchvision_images(config, cache, train=True)
     else:
-        images = prepare_images(config.data, config.resolution, cache, config.skip_bad, autoencoder)
-    if not 0 < config.limit < len(images):
-        return images
-    rows = np.random.RandomState(config.seed).permutation(len(images))[:config.limit]
-    return images.subset(np.sort(rows))
+        source = find_source(config, cache)
+        images = prepare_images(source, config.resolution, cache, config.skip_bad, not config.vae)
+    if 0 < config.limit < len(images):                # chosen at random, but once and for all
+        rows = np.random.RandomState(0).permutation(len(images))[:config.limit]
+        images.name += f"-limit{config.limit}"
+        images.pixels = images.pixels[rows]
+        if images.labels is not None:
+            images.labels = images.labels[rows]
+    if autoencoder is not None:
+        images.latents = latents_of(images, autoencoder, cache)
+    return images
+
+
+def test_images(config, total):
+    """At most `total` images of the same kind that no model has seen, or None if there are none."""
+    cache = Path(config.runs, config.dataset, "data")
+    if config.dataset == "shapes":
+        return shapes_world(total, config.resolution, cache, first=config.size)
+    if config.dataset not in TORCHVISION:
+        return None
+    images = torchvision_images(config, cache, train=False)
+    images.pixels = images.pixels[:total]
+    return images
 
 
 # ============================================================================================================
 # 10 Latents
 # ============================================================================================================
-# Mean and deviation of each channel of Stable Diffusion's latents on ImageNet, from the public code of EDM2
-# (Karras et al. 2024, *Analyzing and Improving the Training Dynamics of Diffusion Models*). They hold for
-# images given to the VAE in [0, 1], as EDM2 gives them; in [-1, 1], its own range, the means are other ones.
-LATENT_MEAN, LATENT_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
+# Departure: the paper has latents of 64x64x4, "released by Rombach et al. (2022)"; Stable Diffusion's VAE
+# shrinks by 8, to 32x32x4, and sd-vae-ft-mse has the same encoder and a decoder that was trained further.
+# Departure: images are given to it in [0, 1], as the public code of EDM2 does (Karras et al. 2024, *Analyzing
+# and Improving the Training Dynamics of Diffusion Models*), whose mean and deviation of each channel on
+# ImageNet are these. In [-1, 1], its own range, they would be others. The paper does not say.
+LATENT_MEAN = (5.81, 3.25, 0.12, -2.15)
+LATENT_STD = (4.17, 4.62, 3.71, 3.28)
 
 
 class Autoencoder(nn.Module):
-    """Stable Diffusion's VAE by diffusers, frozen: images (B, 3, R, R) to latents (B, C, R/f, R/f) and back.
+    """Stable Diffusion's VAE by diffusers, frozen: images (B, 3, R, R) to latents (B, 4, R/8, R/8) and back.
 
-    `weights`: a name on Hugging Face, which diffusers downloads once, or a folder. Theirs have C = 4, f = 8.
-    Both directions work in float32, on `chunk` images at a time to bound the memory. Raises UserError if
-    diffusers or the weights are missing, or C is not 4.
+    `weights`: a name on Hugging Face, which diffusers downloads once, or a folder. Raises UserError.
     """
 
     def __init__(self, weights="stabilityai/sd-vae-ft-mse"):
         super().__init__()
-        with loading(f"the autoencoder '{weights}'", "pip install diffusers, and connect once so that it can "
-                     "download Stable Diffusion's, or give a folder with config.json and "
-                     "diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse"):
-            from diffusers import AutoencoderKL       # optional, and seconds to import
-            self.model, report = AutoencoderKL.from_pretrained(
-                weights, output_loading_info=True, low_cpu_mem_usage=False)
-            self.channels = self.model.config.latent_channels
-            # Missing weights diffusers would leave random; other channels are of unknown scale.
-            if report["missing_keys"] or self.channels != len(LATENT_MEAN):
-                raise ValueError
+        from diffusers import AutoencoderKL           # optional, and seconds to import
+        try:
+            self.model = AutoencoderKL.from_pretrained(weights)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the autoencoder '{weights}' cannot be loaded ({one_line(error)}): connect once, "
+                            f"or give --vae FOLDER with its config.json and weights") from error
+        self.name = Path(weights).name
         self.model.float().eval().requires_grad_(False)
-        for name, values in dict(mean=LATENT_MEAN, std=LATENT_STD).items():
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(LATENT_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(LATENT_STD)[:, None, None], persistent=False)
 
-    def encode(self, x, chunk=8):
-        """(B, 3, R, R) in [-1, 1] -> moments (B, 2C, R/f, R/f): means, then standard deviations, unscaled."""
-        # The network sees [0, 1], as in the code of EDM's successor: the constants above are of such latents.
-        parts = ((x.float() + 1) / 2).split(chunk)
-        with torch.autocast(x.device.type, enabled=False):
-            posteriors = [self.model.encode(part).latent_dist for part in parts]
-        return torch.cat([torch.cat([p.mean, p.std], dim=1) for p in posteriors])
+    def encode(self, x):
+        """(B, 3, R, R) in [-1, 1] -> moments (B, 8, R/8, R/8): means, then standard deviations, unscaled."""
+        posterior = self.model.encode((x + 1) / 2).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1)
 
-    def sample(self, moments, noise):
-        """Moments (B, 2C, r, r), unit Gaussian noise (B, C, r, r) -> a latent, as the image model learns it.
+    def sample(self, moments):
+        """Moments (B, 8, r, r) -> a latent (B, 4, r, r), drawn at random, as the image model learns it.
 
-        It is mean + std·noise, brought to mean 0 and deviation 0.5 per channel, as sigma_data = 0.5 expects.
+        It is brought to mean 0 and deviation 0.5 per channel, as sigma_data = 0.5 expects.
         """
-        mean, std = moments.float().chunk(2, dim=1)                                       # (B, C, r, r)
-        return (mean + std * noise - self.mean) / self.std * 0.5
+        mean, std = moments.float().chunk(2, dim=1)                                       # (B, 4, r, r)
+        latent = mean + std * torch.randn_like(mean)
+        return (latent - self.mean) / self.std * 0.5
 
     def decode(self, z, chunk=8):
-        """(B, C, R/f, R/f) as `sample` gives it -> (B, 3, R, R) in [-1, 1]."""
-        parts = (z.float() / 0.5 * self.std + self.mean).split(chunk)
-        with torch.autocast(z.device.type, enabled=False):
-            x = torch.cat([self.model.decode(part).sample for part in parts])
-        return (x * 2 - 1).clip(-1, 1)
+        """(B, 4, R/8, R/8) as `sample` gives it -> (B, 3, R, R) in [-1, 1], `chunk` at a time."""
+        latent = z / 0.5 * self.std + self.mean
+        images = []
+        for part in latent.split(chunk):
+            images.append(self.model.decode(part).sample)
+        return (torch.cat(images) * 2 - 1).clip(-1, 1)
+
+
+@torch.no_grad()
+def latents_of(images, autoencoder, cache):
+    """The moments (N, 8, R/8, R/8) of all images, made once.
+
+    In float16, which rounds a scaled latent by about 0.0002, a tenth of the least noise that is ever added.
+    """
+    device = autoencoder.mean.device
+
+    def encode(start, stop):
+        x = images.batch(np.arange(start, stop), device)
+        return autoencoder.encode(x).cpu().numpy()
+
+    side = images.resolution // 8
+    path = Path(cache, f"latents-{images.name}-{autoencoder.name}.rows")
+    batch = 64 if device.type == "cuda" else 8
+    return made_once(path, (len(images), 8, side, side), np.float16, encode, "encoding", batch)
 
 
 # ============================================================================================================
@@ -1489,148 +1812,177 @@ class UserError(Exception):
     """A mistake that only the user can mend: one sentence with the remedy, printed without a traceback."""
 
 
+PLACES = {                                            # errors of a place that users can mend
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST, errno.ENAMETOOLONG
+}
+
+
 def run(main):
-    """Runs a script's main; a mistake of the user's ends in one sentence and exit code 1, no traceback."""
-    code, message, stderr = 1, None, sys.stderr       # before join_processes has silenced all but one
+    """Runs a script's main; a mistake of the user's ends in one sentence and exit code 1, no traceback.
+
+    What nobody foresaw keeps its traceback.
+    """
+    sys.stdout.reconfigure(errors="replace")          # for consoles that lack a letter
+    sys.stderr.reconfigure(errors="replace")
     try:
-        code = main()
+        main()
     except UserError as error:
-        message = error
-    except (torch.OutOfMemoryError, MemoryError):
-        message = "out of memory: give a smaller --batch (when training, --batch-gpu)"
+        fail(error)
     except KeyboardInterrupt:
-        code, message = 130, "stopped: the same command goes on from what is finished"
-    except BrokenPipeError:                           # as in `python evaluate.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail("stopped: the same command goes on from what is finished")
+    except (torch.OutOfMemoryError, MemoryError):
+        fail("out of memory: give a smaller --batch, or in training a smaller --batch-gpu")
+    except ModuleNotFoundError as error:
+        fail(f"the package {error.name} is missing: pip install {error.name}")
     except OSError as error:
-        message = (f"{error.filename or 'a file'}: {error.strerror or error}: fix its path or rights, or "
-                   f"free space")
+        if error.errno not in PLACES:
+            raise
+        fail(f"{error.filename or 'writing'}: {error.strerror}: mend that, or choose another place; nothing "
+             f"that was there is lost, and the same command goes on")
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            sys.stderr = stderr                       # of a silenced process, too, it must be seen
             raise
-        message = f"torch.compile fails here ({type(error).__name__}): add --no-compile"
-    if message:
-        if rank():                                    # where all fail alike, torchrun stops the others first
-            time.sleep(5)
-        print(f"error: {message}", file=stderr)
-    if processes() > 1 and torch.distributed.is_initialized() and code == 0:
+        fail(f"torch.compile fails here ({one_line(error)}): leave out --compile")
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    sys.exit(code)
 
 
-@contextmanager
-def reading(path, remedy):
-    """Whatever goes wrong in reading and interpreting one file becomes a sentence that names it."""
-    try:
-        known = Path(path)
-        if known.exists() and not (known.is_file() or known.is_dir()):
-            raise UserError(f"{path} is not a file: {remedy}")            # a pipe would be read forever
-        yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:                        # damaged files fail in any way they like
-        fault = f"{path} is damaged or not what is wanted ({type(error).__name__}): "
-        if isinstance(error, OSError) and error.errno:
-            fault = f"{error.filename or path} cannot be read ({error.strerror}): fix its path or rights; "
-        raise UserError(fault + remedy) from None
+def fail(sentence):
+    if rank() > 0:
+        time.sleep(5)                                 # where all fail alike, torchrun stops these before
+    sys.exit(f"error: {sentence}")
 
 
-@contextmanager
-def loading(what, remedy):
-    """For public weights and data: whatever a hub, a network or a damaged file raises becomes a sentence."""
-    logging.disable(logging.CRITICAL)                 # a hub's many lines on a lost connection
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UserError(f"{what} cannot be loaded ({reason}): {remedy}") from None
-    finally:
-        logging.disable(logging.NOTSET)
+def one_line(error):
+    """What another library says, in at most 200 printable characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(filter(str.isprintable, text))[:200]
 
 
-@contextmanager
-def writing(path):
-    """What the system says of a failed write becomes a sentence that names the file."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        while error.__context__ and not isinstance(error, OSError):
-            error = error.__context__                 # torch replaces the system's word by its own
-        if not isinstance(error, OSError):
-            raise
-        raise UserError(f"{path} cannot be written ({error.strerror}): free some space or choose another "
-                        f"place; what was there before is untouched") from None
+bar_row = 0                                           # of the terminal, for the bars of this process
+
+
+def progress(iterable=None, what="", unit=" images", **more):
+    """The progress bar of everything; of several processes the first one shows it."""
+    return tqdm(iterable, what, unit=unit, unit_scale=True, dynamic_ncols=True, position=bar_row,
+                leave=False, disable=rank() > 0, **more)
+
+
+def say(text):
+    """Prints a line, of several processes the first, above the bars."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def mix_seed(*numbers):
+    """Whole numbers -> a seed unrelated to others'. 32 bits: torch's CPU generator takes no more."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def hash_of(*parts):
+    """12 hexadecimal digits of the sha256 of strings, bytes and arrays, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            part = part.encode(errors="surrogateescape")
+        digest.update(part)
+    return digest.hexdigest()[:12]
+
+
+def fingerprint(module):
+    """12 hexadecimal digits that tell the weights of a module from others."""
+    return hash_of(*[tensor.cpu().contiguous().numpy() for tensor in module.state_dict().values()])
 
 
 @contextmanager
 def written(path):
-    """Gives a binary file to write to, which then becomes `path`: whole or not at all, whatever happens."""
+    """Gives a binary file to write to, which then becomes `path`: whole or not at all, even if killed."""
     path = Path(path)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(fresh, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(fresh, path)
-        finally:
-            fresh.unlink(missing_ok=True)
-
-
-def clear_unfinished(folder):
-    """Removes what killed writers left in a folder; the caller holds its lock."""
-    for file in Path(folder).glob(".*.new"):
-        file.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.new")
+    with open(fresh, "wb") as file:
+        yield file
+    os.replace(fresh, path)
 
 
 @contextmanager
-def locked(path, busy=""):
-    """Holds a lock that ends with the process. Another's is waited for, or a UserError that says `busy`."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+def locked(path):
+    """Holds a lock that ends with the process; another's is waited for. Gives whether there are locks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        with suppress(ImportError):                   # Windows has no fcntl
-            import fcntl
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-            except BlockingIOError:
-                raise UserError(busy) from None
-        yield
+        try:
+            import fcntl                              # which Windows has not
+            fcntl.flock(file, fcntl.LOCK_EX)
+            alone = True
+        except (ImportError, OSError):                # nor have some file systems locks
+            alone = False
+        yield alone
 
 
 def pick_device(name):
+    """--device -> torch.device: "auto" is cuda (torchrun's process i: the i-th), else mps, else cpu."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cpu"
         if torch.backends.mps.is_available():
             name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
     if name == "cuda" and processes() > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except Exception:                                 # torch's errors for devices have no common class
-        raise UserError(f"--device {name} is not available here: leave the flag out, or use cpu") from None
+        device = torch.empty(0, device=name).device
+    except Exception as error:                        # torch's errors for devices have no common class
+        raise UserError(f"--device {name} is not available here ({one_line(error)}): leave it out, or give "
+                        f"cpu") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                 # else pinned memory is made for the first GPU
+    return device
 
 
-def set_precision(name, device, auto):
-    """Resolves --precision (`auto`: what it is on a GPU) and sets how the device multiplies float32.
+def set_precision(name, device, auto="bf16"):
+    """Resolves --precision and sets how the device multiplies float32: exactly, or as TF32 (10 bits).
 
-    fp32: exactly; tf32: as NVIDIA's TF32, ten bits of mantissa; bf16: TF32 outside of autocast.
+    auto: on GPUs of compute capability 8.0 or more, which compute fast in it, `auto`; else fp32.
+    Departure: EDM trains these networks in float32; bf16 keeps 8 bits of what its layers multiply.
     """
     if name == "auto":
-        name = auto if device.type == "cuda" else "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
+        name = "fp32"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+            name = auto
+    torch.backends.cuda.matmul.allow_tf32 = name != "fp32"
+    torch.backends.cudnn.allow_tf32 = name != "fp32"
+    torch.backends.cudnn.benchmark = True             # shapes do not change: the fastest algorithm, once
     return name
 
 
-def compile_network(net, wanted, device):
-    """Compiles a network in place with torch.compile: if wanted, or by default (None) on CUDA."""
-    if wanted or (wanted is None and device.type == "cuda" and importlib.util.find_spec("triton")):
-        net.compile()
+@contextmanager
+def full_float32(device):
+    """Float32 is multiplied as such, not as TF32 or bf16, whatever --precision allows elsewhere."""
+    before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(torch.device(device).type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before[0]
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def start_processes(device):
+    """Meets the other processes, if torchrun has started several. Raises UserError."""
+    if processes() == 1:
+        return
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(f"WORLD_SIZE is set and {name} is not: start several processes by torchrun")
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def rank():
+    """The number of this process among those of torchrun, from 0."""
+    return int(os.environ.get("RANK", 0)) if processes() > 1 else 0
 
 
 def processes():
@@ -1638,37 +1990,12 @@ def processes():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def rank():
-    """The number of this process among them, from 0."""
-    return int(os.environ.get("RANK", 0))
+def wait_for_all():
+    if processes() > 1:
+        torch.distributed.barrier()
 
 
-def join_processes(device):
-    """Meets the other processes of torchrun, if any. From here on only the first one prints."""
-    if processes() == 1:
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # For one that never comes. While one prepares data, the others wait at its lock, as long as it takes.
-    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-    if rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-
-
-def gather(value):
-    """[value of process 0, of process 1, ...] in every process; waits for all of them."""
-    if processes() == 1:
-        return [value]
-    values = [None] * processes()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-FORMAT = "twosdm 3"
-STAGES = "embedder prior image baseline".split()         # what --stage all trains
-TRAINED = dict(config=dict, model=dict, data=dict, fingerprints=dict, ema=dict, seen=int,
-               embedder=(dict, type(None)))
+FORMAT = "twosdm 4"
 
 
 def save_checkpoint(path, **content):
@@ -1677,84 +2004,62 @@ def save_checkpoint(path, **content):
         torch.save(dict(format=FORMAT, **content), file)
 
 
-def load_checkpoint(path, stage=None):
-    """Reads a checkpoint without running anything in it.
-
-    Raises UserError if it is missing, damaged, of another stage, program or version, or not finite.
-    """
-    if not Path(path).exists():
-        raise UserError(f"{path} does not exist: give another, or train.py --stage {stage or 'all'} first")
-    with reading(path, "it should be a checkpoint that this version of train.py wrote; give another file, or "
-                 "move it away and train again"):
-        with zipfile.ZipFile(path) as archive:        # torch.load does not look at the checksums
-            assert not archive.testzip()
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        assert content["format"] == FORMAT
-        kind = content.get("stage")
-        if kind:
-            assert kind in (*STAGES, "joint")
-            assert all(isinstance(content[name], types) for name, types in TRAINED.items())
-        if not all_finite(content):
-            raise UserError(f"{path} holds weights that are not finite: give an earlier snapshot, or train "
-                            f"again")
-    if stage not in (None, kind):
-        raise UserError(f"{path} is a checkpoint of stage '{kind}', not '{stage}': give another file")
+def load_checkpoint(path):
+    """Reads a checkpoint without running anything in it. UserError if it is missing or another file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist: train it first, with python train.py, or give another file")
+    content = None
+    # Mapped, what is not used, such as the optimizer in sampling, is never read. Not all file systems can.
+    for mmap in (True, False):
+        with suppress(Exception):                     # damaged files fail in any way they like
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            break
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is damaged, or not of this version of train.py: give another file, or move "
+                        f"it away and train again")
     return content
 
 
 def cached(path, make):
-    """What make() gave at the first call, tensors or numbers, from a file. A damaged file is made again.
-
-    Another process that wants the same waits for it.
-    """
-    with locked(path.with_suffix(".lock")):
-        with suppress(UserError, KeyError):
-            return load_checkpoint(path)["content"]
-        save_checkpoint(path, content=make())
-        return load_checkpoint(path)["content"]
-
-
-def all_finite(nested):
-    """Whether all tensors in nested dicts and lists are free of NaN and infinity."""
-    return all(leaf.isfinite().all() for leaf in tree_leaves(nested) if torch.is_tensor(leaf))
-
-
-NETWORKS = dict(prior=PriorTransformer, unet=UNet)
+    """What make() returned at the first call, from a file. Another process that wants it waits."""
+    with locked(path.with_suffix(".wait")):
+        if not path.exists():
+            save_checkpoint(path, content=make())
+    return load_checkpoint(path)["content"]
 
 
 def build_denoiser(model):
-    """A checkpoint's `model`: dict(net="prior" | "unet", settings, predict, sigma_data) -> new Denoiser."""
-    net = NETWORKS[model["net"]](**model["settings"])
-    return Denoiser(net, float(model["sigma_data"]), model["predict"])
+    """A checkpoint's description of one: dict(net="prior" | "unet", predict, settings) -> new Denoiser."""
+    kind = PriorTransformer if model["net"] == "prior" else UNet
+    return Denoiser(kind(**model["settings"]), predict=model["predict"])
 
 
-def load_denoiser(checkpoint, device="cpu"):
-    """The trained denoiser of a checkpoint: its averaged weights, in eval mode."""
-    denoiser = frozen(build_denoiser(checkpoint["model"]), checkpoint["ema"])
-    return denoiser.to(device, memory_format=torch.channels_last)
+def load_denoiser(checkpoint, part=None, device="cpu"):
+    """A trained denoiser of a checkpoint: its averaged weights, in eval mode.
+
+    part: "prior" or "image", which stage joint needs, as it has both.
+    """
+    if part is None:
+        part, = checkpoint["models"]
+    with torch.device("meta"):                        # random weights would be made in vain, for seconds
+        denoiser = build_denoiser(checkpoint["models"][part])
+    prefix = f"{part}."
+    weights = {}
+    for name, tensor in checkpoint["ema"].items():
+        if name.startswith(prefix):
+            weights[name.removeprefix(prefix)] = tensor
+    denoiser.load_state_dict(weights, assign=True)
+    return denoiser.eval().requires_grad_(False).to(device)
 
 
-def check_y(y):
-    """Raises UserError if --y is not one of the reductions."""
-    if not re.fullmatch(r"clip|none|(pca|kmeans):[1-9]\d*", y):
-        raise UserError(f"--y {y} is unknown: choose clip, pca:D, kmeans:K (such as pca:32) or none")
-
-
-def has_prior(y):
-    """Whether stage 1 is a diffusion model; clusters are drawn by their frequency."""
-    return not y.startswith(("none", "kmeans"))
-
-
-def run_name(stage, y="clip", a="none", tag=""):
-    """The folder of a stage's run below runs/<dataset>: image, image-pca32, prior-text, image-TAG, ..."""
-    parts = [stage]
-    if stage in ("prior", "image") and y != "clip":
-        parts.append(y.replace(":", ""))
-    if stage == "prior" and a == "text":
-        parts.append("text")
-    if stage != "embedder" and tag:                   # variants share what y is
-        parts.append(tag)
-    return "-".join(parts)
+def run_folder(runs, dataset, stage, y="all", tag=""):
+    """The folder of a stage's run: runs/DATASET/image, .../image-pca32, .../image-TAG."""
+    name = stage
+    if stage in ("prior", "image") and y != "all":
+        name += "-" + y.replace(":", "")
+    if tag:
+        name += "-" + tag
+    return Path(runs, dataset, name)
 
 
 def image_grid(pixels, columns):
@@ -1765,10 +2070,22 @@ def image_grid(pixels, columns):
     return sheet.permute(1, 2, 0).numpy()
 
 
+def titled(pictures, columns, side=384, title=24):
+    """{title: (N, R, R, 3) uint8, N the same} -> one picture (H, W, 3): grids side by side below their titles."""
+    sheets = []
+    for text, pixels in pictures.items():
+        grid = Image.fromarray(image_grid(pixels, columns))
+        grid = ImageOps.scale(grid, max(1, side // grid.width), Image.Resampling.NEAREST)
+        sheet = ImageOps.expand(grid, (4, title, 4, 4), "white")
+        ImageDraw.Draw(sheet).text((6, 4), text, "black", ImageFont.load_default(title * 0.6))
+        sheets.append(np.asarray(sheet))
+    return np.concatenate(sheets, axis=1)
+
+
 def save_picture(path, pixels, least=0):
     """(H, W, 3) uint8 -> a PNG, whole or not at all; magnified by a whole factor to `least` pixels' width."""
     picture = Image.fromarray(pixels)
-    factor = max(1, -(-least // picture.width))
+    factor = max(1, math.ceil(least / picture.width))
     with written(path) as file:
         ImageOps.scale(picture, factor, Image.Resampling.NEAREST).save(file, "PNG")
 
@@ -1776,14 +2093,10 @@ def save_picture(path, pixels, least=0):
 # ============================================================================================================
 # 12 EDM's published networks, read without running what is inside them
 # ============================================================================================================
-EDM_FILES = ("it should be one of EDM's networks DDPM++ and ADM: give edm-*-vp.pkl or "
-             "edm-imagenet-64x64-cond-adm.pkl, whole")
-MOST_LETTERS = 1_000_000                              # of the names of EDM's 600 modules: 20,000
-
-
 class Inert(dict):
-    """Whatever a pickle names: it keeps what it was made of and given, and does nothing."""
-    args, state = (), None                            # of one that is made without __init__
+    """Stands for whatever a pickle names: it keeps what it was given and does nothing."""
+    args = ()                                         # of one that is made without __init__
+    state = None
 
     def __init__(self, *args):
         self.args = args
@@ -1792,14 +2105,8 @@ class Inert(dict):
         self.state = state
 
 
-class InertUnpickler(pickle._Unpickler):
-    """Reads any pickle and runs none of it, since each name it asks for is answered by an `Inert` class.
-
-    (Python's own reader in Python: that in C can be made to take gigabytes by a large memo index. A bytearray
-    would be made at its full length before it is read; the files have none.)
-    """
-    dispatch = pickle._Unpickler.dispatch.copy()
-    del dispatch[pickle.BYTEARRAY8[0]]
+class InertUnpickler(pickle.Unpickler):
+    """Reads a pickle and runs none of it: each class or function that it asks for is an `Inert` one."""
 
     def find_class(self, module, name):
         return type(name, (Inert,), {})
@@ -1811,139 +2118,84 @@ def inert_tensor(box):
         box = box.args[0]
     storage, offset, size, stride = box.args[:4]
     content = torch.load(io.BytesIO(storage.args[0]), map_location="cpu", weights_only=True)
-    assert not torch.is_tensor(content)               # whose elements could be one alone
-    flat = torch.empty(0, dtype=content.dtype).set_(content)
-    assert math.prod(size) <= len(flat)               # else a stride of 0 makes terabytes of a byte
-    return flat.as_strided(size, stride, offset).clone()                  # raises if it leaves the storage
+    return torch.empty(0, dtype=content.dtype).set_(content, offset, size, stride)
 
 
-def read_edm_pickle(file):
-    """EDM's .pkl, mapped -> (tensors of its `ema` network by EDM's names, its class_name, its own settings).
-
-    EDM's persistent objects reduce to one dict with their class_name and `state`, beside the source code of
-    their class, which is left unread; other modules come with their state. Raises anything.
-    """
-    def fields(box):
-        return box.args[0]["state"] if box.args else box.state
-
-    network = InertUnpickler(file).load()["ema"]
-    tensors, left = {}, len(file)
-    modules = [("", network)]
-    for prefix, module in modules:                    # which grows on the way
-        inner = fields(module)
-        for name, tensor in (inner["_parameters"] | inner["_buffers"]).items():
-            if tensor is not None:
-                tensors[prefix + name] = inert_tensor(tensor)
-                left -= tensors[prefix + name].nbytes
-                assert left > 0                       # a tensor of many names could be terabytes
-        for name, part in inner["_modules"].items():
-            if part is not None:
-                modules.append((f"{prefix}{name}.", part))
-        # Shared modules could be billions, and names grow with the depth.
-        assert len(modules) * len(prefix) < MOST_LETTERS
-    return tensors, network.args[0]["class_name"], fields(network)
+def collect_tensors(module, prefix=""):
+    """An inert module -> {name: tensor} of it and its parts, by EDM's names."""
+    fields = module.state
+    if module.args:                                   # one of EDM's own, beside the source code of its class
+        fields = module.args[0]["state"]
+    tensors = {}
+    for name, tensor in (fields["_parameters"] | fields["_buffers"]).items():
+        if tensor is not None:
+            tensors[prefix + name] = inert_tensor(tensor).float()
+    for name, part in fields["_modules"].items():
+        if part is not None:
+            tensors |= collect_tensors(part, f"{prefix}{name}.")
+    return tensors
 
 
 def from_edm_names(state):
-    """EDM's state dict -> that of a `Denoiser` of a `UNet`, whose condition is EDM's class label.
+    """EDM's tensors -> those of a `UNet`, whose condition is EDM's class label.
 
     EDM names its blocks by resolution, in the order in which they run; here they are numbered. EDM
     interleaves q, k and v: output channel (head, channel, {q,k,v}); here it is ({q,k,v}, head, channel).
     """
-    blocks = dict(enc={}, dec={})
+    numbers = {"enc": {}, "dec": {}}
     result = {}
     for name, tensor in state.items():
-        if "resample_filter" in name:                 # a constant, which tells NCSN++ from DDPM++
-            assert tensor.shape == (1, 1, 2, 2)
+        if "resample_filter" in name:                 # a constant
             continue
-        name = name.replace("model.", "net.").replace("map_label", "map_cond")
+        name = name.removeprefix("model.").replace("map_label", "map_cond")
         name = re.sub(r"dec\.\w+_aux_", "out_", name)                     # dec.64x64_aux_norm -> out_norm
-        if block := re.search(r"(enc|dec)\.(\w+)", name):
-            numbers = blocks[block[1]]
-            number = numbers.setdefault(block[2], len(numbers))
-            name = name.replace(block[2], str(number), 1)
+        block = re.match(r"(enc|dec)\.(\w+)", name)
+        if block is not None:
+            side, old = block.groups()
+            number = numbers[side].setdefault(old, len(numbers[side]))
+            name = name.replace(old, str(number), 1)
         if "qkv" in name:
             tensor = tensor.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
-        result[name] = tensor.float()
+        result[name] = tensor
     return result
-
-
-def edm_settings(state):
-    """EDM's state dict -> keyword arguments of its `UNet`, from the names and shapes of the tensors alone."""
-    nothing = torch.empty(0, 0)
-    levels = {}                                       # resolution -> channels of each encoder block
-    for name, tensor in state.items():
-        if block := re.fullmatch(r"model\.enc\.(\d+)x\1_block\d+\.conv0\.weight", name):
-            levels.setdefault(int(block[1]), []).append(len(tensor))
-    resolution = max(levels)
-    width, channels, *_ = state[f"model.enc.{resolution}x{resolution}_conv.weight"].shape
-    return dict(
-        resolution=resolution, channels=channels, width=width,
-        cond_dim=state.get("model.map_label.weight", nothing).shape[1],
-        augment_dim=state.get("model.map_augment.weight", nothing).shape[1],
-        arch="adm" if "model.out_conv.weight" in state else "ddpm++",
-        mults=tuple(level[0] // width for level in levels.values()), blocks=len(levels[resolution]),
-        attention=tuple(r for r in levels if f"model.enc.{r}x{r}_block0.qkv.weight" in state))
-
-
-def edm_checkpoint(path):
-    """A published `.pkl` of EDM -> the checkpoint of a baseline, as far as sampling reads it.
-
-    What the file does not tell is None: images seen, count and fingerprint of the training images. Classes
-    have numbers for names and equal counts, because EDM draws them uniformly. Raises UserError.
-    """
-    with reading(path, EDM_FILES), open(path, "rb") as file:
-        # A map gives no more than there is, where a file makes room for all that is asked for.
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        tensors, class_name, described = read_edm_pickle(mapped)
-        # Not so EDM's reruns of other papers (baseline-*.pkl), whose networks have the same shapes.
-        sigma_data = float(described["sigma_data"])
-        assert class_name == "EDMPrecond" and 0 < sigma_data < 1e3 and all_finite(tensors)
-        settings = edm_settings(tensors)
-        ema = from_edm_names(tensors)
-        model = dict(net="unet", predict="edm", sigma_data=sigma_data, settings=settings)
-        with torch.device("meta"):                    # shapes without contents: instant at any size
-            build_denoiser(model).load_state_dict(ema, assign=True)
-    classes = [str(i) for i in range(settings["cond_dim"])]
-    return dict(
-        stage="baseline", seen=None, embedder=None, model=model, ema=ema,
-        fingerprints=dict(images=None, embedder=None),
-        config=dict(stage="baseline", dataset=Path(path).stem, resolution=settings["resolution"],
-                    a="class" if classes else "none"),
-        data=dict(count=None, classes=classes, class_counts=[1] * len(classes) or None))
 
 
 def load_edm_pickle(path):
     """A published `.pkl` of EDM -> a state dict for the `UNet` of its architecture. Raises UserError."""
-    return {name.removeprefix("net."): tensor for name, tensor in edm_checkpoint(path)["ema"].items()}
+    try:
+        with open(path, "rb") as file:
+            network = InertUnpickler(file).load()["ema"]
+        # Not so EDM's reruns of other papers (baseline-*.pkl), whose networks have the same shapes.
+        if network.args[0]["class_name"] != "EDMPrecond":
+            raise ValueError("not preconditioned as EDM's")
+        return from_edm_names(collect_tensors(network))
+    except Exception as error:                        # other pickles fail in any way they like
+        raise UserError(f"{path} cannot be read ({error}): give one of EDM's networks DDPM++ and ADM, such "
+                        f"as edm-ffhq-64x64-uncond-vp.pkl, whole") from error
 
 
-def init_from_edm(denoiser, settings, path, classes=0):
-    """For finetuning: makes a new denoiser equal to a published `.pkl` of EDM, whatever y is.
+def init_from_edm(net, path, classes):
+    """For finetuning: makes a new `UNet` equal to a published `.pkl` of EDM, whatever y is. Raises UserError.
 
-    `settings` made its UNet. The condition is y ⊕ a, with a one-hot a of `classes` entries. Its map becomes
-    zero for y, and for a too if the file has no classes; a map of augmentation labels becomes zero if the
-    file has none, and the file's is dropped if the denoiser has none. Raises UserError if anything differs.
+    The condition is y ⊕ a, with a one-hot a of `classes` entries. Its map becomes zero for y, and for a too
+    if the file has no classes.
     """
-    net = denoiser.net
-    checkpoint = edm_checkpoint(path)
-    weights = checkpoint["ema"]
-    theirs = checkpoint["model"] | checkpoint["model"]["settings"]
-    settings = dict(settings, sigma_data=denoiser.sigma_data)
-    for name in "resolution channels arch width mults blocks attention sigma_data".split():
-        if settings[name] != theirs[name]:
-            raise UserError(f"--{name} {settings[name]} does not fit {path}, which is for {name} "
-                            f"{theirs[name]}: change one of them")
-    labels = theirs["cond_dim"]
-    if labels not in (0, classes):
-        raise UserError(f"{path} is for {labels} classes and the new network for {classes or 'none'}: give "
-                        f"--a class and images of {labels} classes, or another file")
-    fresh = {name: torch.zeros_like(tensor) for name, tensor in denoiser.state_dict().items()
-             if name.startswith("net.map_")}
-    if net.cond_dim and labels:                       # DDPM++ multiplies a condition by √(its length)
-        scale = 1.0 if net.adm else math.sqrt(labels / net.cond_dim)
-        fresh["net.map_cond.weight"][:, -labels:] = scale * weights.pop("net.map_cond.weight")
-    weights = fresh | weights
+    theirs = load_edm_pickle(path)
+    ours = net.state_dict()
+    for name, tensor in ours.items():
+        if name.startswith(("map_cond", "map_augment")):
+            tensor.zero_()
+    labels = theirs.pop("map_cond.weight", None)
+    if labels is not None:
+        if labels.shape[1] != classes:
+            raise UserError(f"{path} is for {labels.shape[1]} classes, not {classes}: give images of as many "
+                            f"and --a class, or another file")
+        # DDPM++ multiplies a condition by √(its length).
+        scale = 1.0 if net.adm else math.sqrt(classes / net.cond_dim)
+        theirs["map_cond.weight"] = F.pad(scale * labels, (net.cond_dim - classes, 0))
     if not net.augment_dim:
-        weights.pop("net.map_augment.weight", None)
-    denoiser.load_state_dict(weights)
+        theirs.pop("map_augment.weight", None)
+    try:
+        net.load_state_dict(ours | theirs)            # strict: every name and shape must fit
+    except RuntimeError as error:
+        raise UserError(f"{path} is of another network than --dataset and its settings: {error}") from error
