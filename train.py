@@ -131,7 +131,7 @@ PRESETS = {
                           prior_images=400 * K, prior_batch=64, prior_lr=2e-3, images=80 * K, batch=16,
                           lr=3e-3, steps=18, churn=0.0, preview_every=20 * K),
     "shapes": dict(SMALL, resolution=16, embedder="shapes", augment=0.0, dropout=0.0, attention=(4,),
-                   prior_images=250 * K, prior_batch=64, prior_lr=2e-3, images=28 * K, batch=16, lr=4e-3,
+                   prior_images=400 * K, prior_batch=64, prior_lr=2e-3, images=28 * K, batch=16, lr=4e-3,
                    steps=18, churn=0.0, preview_every=14 * K, snapshot_every=10 * K),
 }
 

@@ -1169,7 +1169,7 @@ def shapes_images(index, resolution, seed=0):
     return (image * 255).round().clip(0, 255).to(torch.uint8)
 
 
-def train_small_clip(images, steps=1250, batch=32, lr=2e-3, dim=64):
+def train_small_clip(images, steps=700, batch=64, lr=2e-3, dim=64):
     """The weights of the world's `SmallClip`, by CLIP's symmetric loss (Radford et al. 2021, Fig. 3).
 
     `images` are the first of the world; a caption is four words, the values of ATTRIBUTES.
@@ -1275,7 +1275,7 @@ def made_once(path, shape, dtype, make, what, batch=256):
     with locked(path.with_suffix(".lock")) as alone:
         # Where there are no locks, several processes may make the same.
         part = path.with_suffix(".part" if alone else f".{os.getpid()}.part")
-        if not path.exists():
+        if not path.exists() or path.stat().st_size != total * row_bytes:
             with open(part, "ab") as file:
                 done = file.tell() // (row_bytes * batch) * batch         # whole batches, as they are made
                 file.truncate(done * row_bytes)
@@ -1286,8 +1286,6 @@ def made_once(path, shape, dtype, make, what, batch=256):
                         file.write(made.data)
                         bar.update(stop - start)
             os.replace(part, path)
-    if path.stat().st_size != total * row_bytes:
-        raise UserError(f"{path} is damaged: delete it, and it is made anew")
     try:
         return np.memmap(path, dtype, "r", shape=shape)
     except OSError:                                   # some file systems can only read all of it
@@ -1299,7 +1297,7 @@ SUFFIXES = [".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", "
 READERS = Image.registered_extensions()               # of the installed Pillow
 SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix in READERS)
 FORMATS = [READERS[suffix] for suffix in SUFFIXES]
-# Long texts beside a picture are not read here; Pillow would refuse the picture.
+# Long texts beside a picture are not used here, but Pillow would refuse the picture.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**30
 PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 warnings.filterwarnings("ignore", module="PIL")       # on odd EXIF, palettes and large sizes
@@ -1308,12 +1306,12 @@ warnings.filterwarnings("ignore", module="PIL")       # on odd EXIF, palettes an
 class ImageFiles:
     """The images of a folder or zip, at any depth, read when they are looked at.
 
-    `names` (N), with / between folders; `files[rows]` -> (B, R, R, 3) uint8, center squares. Unless their
-    names are given, the source is listed, and `key` changes with names, sizes and times. Without a
-    resolution, all must be squares of one size. Raises UserError.
+    `names` (N), with / between folders; `files[rows]` -> (B, R, R, 3) uint8, center squares. Without a
+    resolution, all must be squares of one size. Unless names are given, the source is listed; then `key`
+    changes with names, sizes and times. Raises UserError.
     """
 
-    def __init__(self, source, resolution=None, names=None):
+    def __init__(self, source, resolution=None, names=None, skip_bad=False):
         self.source = Path(source)
         if names is None:
             self.listed, self.folders = list_files(self.source)
@@ -1321,22 +1319,25 @@ class ImageFiles:
             if "settings.json" in self.listed and "grid.png" in names:
                 names.remove("grid.png")              # sample.py's picture of all
             self.key = hash_of(repr([(name, self.listed[name]) for name in names]))
-        if len(names) == 0:
-            raise UserError(f"{source} holds no images to be read ({' '.join(SUFFIXES)}): give another path")
         self.names = np.array(names)
+        if skip_bad:
+            good = list(progress(self.each(self.is_good, names), "checking"))
+            self.names = self.names[good]
+        if len(self.names) == 0:
+            raise UserError(f"{source} holds no images to be read ({' '.join(SUFFIXES)}): give another path")
         resolution = resolution or self.common_size()
-        self.shape = (len(names), resolution, resolution, 3)
+        self.shape = (len(self.names), resolution, resolution, 3)
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, rows):
-        return self.each(self.load, self.names[rows])
+        return np.stack(list(self.each(self.load, self.names[rows])))
 
     def each(self, function, names):
-        """The function of each name, as an array. Threads help: decoding needs no interpreter."""
+        """Yields the function of each name, by threads: decoding needs no interpreter."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return np.stack(list(pool.map(function, names)))
+            yield from pool.map(function, names)
 
     @functools.cached_property
     def archive(self):
@@ -1367,8 +1368,8 @@ class ImageFiles:
             return read_square(file, self.shape[1])
 
     def is_good(self, name):
-        with suppress(UserError):
-            self.load(name)
+        with suppress(UserError), self.reading(name) as file:
+            read_square(file, 8)
             return True
         return False
 
@@ -1396,34 +1397,27 @@ def open_zip(source):
 
 
 def plain_name(name):
-    """The path of a file below a folder, as POSIX writes it, of what Windows or an archiver has written."""
+    """The path of a file below a folder, plain, of what Windows or an archiver makes of it."""
     return posixpath.normpath("./" + name.replace("\\", "/"))
 
 
 def list_files(source):
-    """A folder or zip -> {name of a file below it: its size and time or checksum}, the folders {Path}.
+    """A folder or zip -> {name of a file below it: its size, its time or checksum}, its folders {Path}.
 
     What is hidden is left out. Raises UserError.
     """
     files = {}
-    folders = set()
+    folders = {Path()}
     if source.is_dir():
-        for place, inner, names in os.walk(source, onerror=refuse_folder, followlinks=True):
-            place = Path(place)
-            inner[:] = [name for name in inner if not is_hidden(name)]
-            if place.resolve() in [above.resolve() for above in place.parents]:
-                inner.clear()                         # a link to a folder above would never end
-                continue
-            folder = place.relative_to(source)
-            folders.add(folder)
-            for name in names:
-                path = place / name
-                if is_hidden(name):
-                    continue
-                if not path.is_file():
-                    raise UserError(f"{path} is no file, or a link to nothing: mend or remove it")
+        for path in everything(source):
+            name = path.relative_to(source)
+            if path.is_dir():
+                folders.add(name)
+            elif path.is_file():
                 found = path.stat()
-                files[(folder / name).as_posix()] = found.st_size, found.st_mtime_ns
+                files[name.as_posix()] = found.st_size, found.st_mtime_ns
+            else:
+                raise UserError(f"{path} is no file, or a link to nothing: mend or remove it")
     else:
         _, entries = open_zip(source)
         for name, entry in entries.items():
@@ -1437,8 +1431,16 @@ def list_files(source):
     return files, folders
 
 
-def refuse_folder(error):
-    raise UserError(f"the folder {error.filename} cannot be read ({error.strerror}): mend its rights")
+def everything(folder):
+    """Yields a folder and all that is below it; links to a folder above would never end."""
+    yield folder
+    for path in folder.iterdir():
+        if is_hidden(path.name):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in [above.resolve() for above in path.parents]:
+            yield from everything(path)
 
 
 def is_hidden(name):
@@ -1447,7 +1449,7 @@ def is_hidden(name):
 
 
 def find_labels(files):
-    """The classes of `ImageFiles` -> labels [N] or None, names of the classes, why there are none.
+    """The classes of listed `ImageFiles` -> labels [N] or None, names of the classes, why there are none.
 
     They come from EDM's dataset.json, if there is one, or are the innermost folders, so that {train,test}/cat
     are one class. Raises UserError.
@@ -1496,13 +1498,13 @@ def same_letters(name):
 
 
 TURNS = {                                             # EXIF's orientations
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90
+    2: Image.FLIP_LEFT_RIGHT,
+    3: Image.ROTATE_180,
+    4: Image.FLIP_TOP_BOTTOM,
+    5: Image.TRANSPOSE,
+    6: Image.ROTATE_270,
+    7: Image.TRANSVERSE,
+    8: Image.ROTATE_90
 }
 
 
@@ -1546,19 +1548,21 @@ def read_square(file, resolution):
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    image = image.convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+    return np.asarray(resized(image, resolution))
+
+
+def resized(image, resolution):
+    return image.convert("RGB").resize((resolution, resolution), Image.LANCZOS)
 
 
 def eight_bits(image):
     """A 16-bit gray image, 0 = black -> one of 8 bits, rounded. Raises ValueError if it is of another kind."""
     tags = getattr(image, "tag_v2", {})               # a TIFF's: its bits, whether 0 is white, its sign
     kind = (tags.get(258, (16,)), tags.get(262, 1), tags.get(339, (1,)))
-    gray = np.asarray(image).astype(np.int64)
-    plain = kind == ((16,), 1, (1,)) and image.mode != "F" and "transparency" not in image.info
-    if not plain or gray.min() < 0 or gray.max() > 65535:
+    if kind != ((16,), 1, (1,)) or image.mode == "F" or "transparency" in image.info:
         raise ValueError("neither of 8 bits nor of 16, black to white: save it as such a PNG")
-    return Image.fromarray(((gray + 128) // 257).astype(np.uint8))
+    gray = (np.asarray(image).astype(np.int64) + 128) // 257
+    return Image.fromarray(gray.astype(np.uint8))
 
 
 def prepare_images(source, resolution, cache, skip_bad=False, keep_pixels=True):
@@ -1568,39 +1572,35 @@ def prepare_images(source, resolution, cache, skip_bad=False, keep_pixels=True):
     looked at. Raises UserError if an image cannot be read, unless `skip_bad`.
     """
     source = Path(source).absolute()
-    path = Path(cache, f"{source.stem}-{hash_of(str(source))[:6]}-{resolution}.set")
-    known = json.loads(cached(path, lambda: json.dumps(survey(source, resolution))))
-    for folder, time in known["times"].items():
-        place = Path(source, folder)
-        if source.exists() and (not place.exists() or place.stat().st_mtime_ns != time):
-            say(f"{place} has changed since {source} was prepared; the images are used as they were then. "
-                f"To prepare them anew, delete {path}")
-            break
-    name = known["name"]
+    path = Path(cache, f"{source.stem}-{hash_of(str(source), str(skip_bad))[:6]}-{resolution}.set")
+    known = json.loads(cached(path, lambda: json.dumps(survey(source, resolution, skip_bad))))
+    if source.exists() and times_of(known["times"]) != known["times"]:
+        say(f"{source} has changed since it was prepared; the images are used as they were then. To prepare "
+            f"them anew, delete {path}")
     labels = known["labels"]
-    files = ImageFiles(source, resolution, known["names"])
     if labels is not None:
         labels = np.array(labels)
-    if skip_bad:
-        good = made_once(Path(cache, f"{name}.good"), (len(files),), bool,
-                         lambda start, stop: files.each(files.is_good, files.names[start:stop]), "checking")
-        if not good.all():
-            bad = files.names[~good]
-            say(f"{len(bad)} images cannot be read and are left out: {', '.join(bad[:10])}")
-            name += "-good"
-            files = ImageFiles(source, resolution, files.names[good])
-            if labels is not None:
-                labels = labels[good]
-    pixels = files
+    files = ImageFiles(source, resolution, known["names"])
+    images = Images(known["name"], files, labels, known["classes"], known["why_no_classes"])
     if keep_pixels:
-        pixels = made_once(Path(cache, f"{name}.rows"), files.shape, np.uint8,
-                           lambda start, stop: files[start:stop], "preparing", batch=512)
-    return Images(name, pixels, labels, known["classes"], known["why_no_classes"])
+        rows = Path(cache, f"{images.name}.rows")
+        try:
+            images.pixels = made_once(rows, files.shape, np.uint8, lambda start, stop: files[start:stop],
+                                      "preparing", batch=512)
+        except UserError:
+            path.unlink()                             # it is looked at anew when the user has mended it
+            raise
+    return images
 
 
-def survey(source, resolution):
-    """Lists a folder or zip -> what is to be known of its images without looking again, and says it."""
-    files = ImageFiles(source, resolution)
+def times_of(places):
+    """Paths -> {path: when something was added or removed there}, of those that exist."""
+    return {str(place): os.path.getmtime(place) for place in places if os.path.exists(place)}
+
+
+def survey(source, resolution, skip_bad):
+    """Lists a folder or zip -> what is to be known of its images without looking again. Says what is there."""
+    files = ImageFiles(source, resolution, skip_bad=skip_bad)
     names = files.names.tolist()
     labels, classes, why_no_classes = find_labels(files)
     kinds = f"no classes, as {why_no_classes}"
@@ -1609,17 +1609,17 @@ def survey(source, resolution):
         if len(counts) > 20:
             counts[20:] = ["..."]
         kinds = f"{len(classes)} classes: {', '.join(counts)}"
-    others = collections.Counter(Path(name).suffix.lower() for name in set(files.listed) - set(names))
-    left_out = ", ".join(f"{others[suffix]} {suffix or 'without suffix'}" for suffix in sorted(others))
-    say(f"{source}: {len(names):,} images, {kinds}; files that are no images: {left_out or 'none'}")
-    folders = files.folders if source.is_dir() else [""]
-    times = {str(folder): Path(source, folder).stat().st_mtime_ns for folder in folders}
+    others = set(files.listed) - set(names)
+    suffixes = collections.Counter(Path(name).suffix.lower() or "without suffix" for name in others)
+    left_out = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.items())
+    say(f"{source}: {len(names):,} images, {kinds}; files left out: {left_out or 'none'}")
+    # Images of other contents have other names, sizes or, of a hundred, bytes.
     sizes = [files.listed[name][0] for name in names]
     some = [files.content(name) for name in names[::len(names) // 100 + 1]]
     return dict(
         name=f"{source.stem}-{resolution}-{hash_of(repr([names, sizes, labels]), *some)}",
         source=str(source),
-        times=times,
+        times=times_of(source / folder for folder in files.folders),
         names=names,
         labels=labels,
         classes=classes,
@@ -1639,45 +1639,39 @@ def shapes_world(total, resolution, cache, first=0):
 
 
 TORCHVISION = {"cifar10": "CIFAR10", "fashion-mnist": "FashionMNIST"}
+HOMES = {                                             # where the paper's data sets are had, and others
+    "afhq": "AFHQv2 is at github.com/clovaai/stargan-v2",
+    "ffhq": "FFHQ is at github.com/NVlabs/ffhq-dataset",
+    "imagenet": "ImageNet's training images are at image-net.org",
+    "cifar10": "cifar-10-python.tar.gz is at www.cs.toronto.edu/~kriz/cifar.html",
+    "fashion-mnist": "its four .gz files are at github.com/zalandoresearch/fashion-mnist"
+}
 
 
 def torchvision_images(config, cache, train):
     """The training or test set of a data set of torchvision's, at R x R, in RGB; downloaded once. UserError."""
     import torchvision                                # a second to import
     kind = getattr(torchvision.datasets, TORCHVISION[config.dataset])
+    folder = Path(config.data or cache)
     with locked(Path(cache, "download.lock")):
-        folder = config.data or cache
-        for packed in Path(folder).glob("*-ubyte.gz"):                    # Fashion-MNIST's, as it is published
-            plain = Path(cache, "FashionMNIST/raw", packed.stem)
-            if not plain.exists():
-                with written(plain) as file:
-                    file.write(gzip.decompress(packed.read_bytes()))
-            folder = cache
         try:
+            for packed in folder.glob("*-ubyte.gz"):                      # Fashion-MNIST's, as it is published
+                folder = cache
+                with written(Path(cache, "FashionMNIST/raw", packed.stem)) as file:
+                    file.write(gzip.decompress(packed.read_bytes()))
             data = kind(folder, train=train, download=True)
         except Exception as error:                    # no connection, or damaged files
-            where = getattr(kind, "url", None) or f"the four .gz files of {kind.mirrors[0]}"
-            raise UserError(f"{config.dataset} cannot be had ({one_line(error)}): fetch {where} elsewhere, put "
+            raise UserError(f"{config.dataset} cannot be had ({one_line(error)}): {HOMES[config.dataset]}; put "
                             f"what there is into a folder and give --data FOLDER") from error
-    given = np.asarray(data.data)                     # (N, H, W, 3), or (N, H, W) if gray
+    given = np.ascontiguousarray(data.data)           # (N, H, W, 3), or (N, H, W) if gray
 
     def resize(start, stop):
-        size = (config.resolution, config.resolution)
-        images = [Image.fromarray(array).convert("RGB") for array in given[start:stop]]
-        return np.stack([image.resize(size, Image.Resampling.LANCZOS) for image in images])
+        return np.stack([resized(Image.fromarray(array), config.resolution) for array in given[start:stop]])
 
-    split = "train" if train else "test"
-    name = f"{config.dataset}-{config.resolution}-{split}-{len(given)}"
+    name = f"{config.dataset}-{config.resolution}-{hash_of(given)}"
     shape = (len(given), config.resolution, config.resolution, 3)
     pixels = made_once(Path(cache, f"{name}.rows"), shape, np.uint8, resize, "preparing")
     return Images(name, pixels, np.array(data.targets), data.classes)
-
-
-HOMES = {                                             # where the paper's data sets are had
-    "afhq": "AFHQv2 is at github.com/clovaai/stargan-v2",
-    "ffhq": "FFHQ is at github.com/NVlabs/ffhq-dataset",
-    "imagenet": "ImageNet's training images are at image-net.org"
-}
 
 
 def find_source(config, cache):
@@ -1688,7 +1682,7 @@ def find_source(config, cache):
         raise UserError("--dataset folder needs your images: add --data FOLDER_OR_ZIP")
     prepared = list(cache.glob(f"*-{config.resolution}.set"))
     if len(prepared) == 1:
-        return Path(load_checkpoint(prepared[0])["content"]["source"])
+        return Path(json.loads(load_checkpoint(prepared[0])["content"])["source"])
     name = config.dataset.split("-")[0]               # the ImageNet presets share one
     for place in (Path("data", name), Path("data", f"{name}.zip")):
         if place.exists():
