@@ -1,14 +1,13 @@
 """Draws images with the trained models.
 
     python sample.py                          64 images by every method that is trained, side by side
-    python sample.py --method 2sdm --n 50000
     python sample.py --y kmeans:64            Class-cond: y is a cluster, drawn by its frequency
     python sample.py --image-steps 17         fewer steps (Table 5)
     python sample.py --snapshots              by every snapshot of the image model (Figs. 4 and 5)
     python sample.py --same-y 8               rows of images that share y (Fig. 2)
     python sample.py --interpolate 8          rows share y, columns the image noise (Figs. 8 to 10)
     python sample.py --like cat.png dog.png   variations: y is the embedding of a given image
-    torchrun --nproc_per_node 8 -- sample.py --n 50000
+    torchrun --nproc_per_node 8 -- sample.py --method 2sdm --n 50000
 
 Images go to samples/<dataset>/<method>[-flag=value...]/ and are named by their seeds; settings.json says how
 they were drawn. The same command again draws what is missing.
@@ -74,14 +73,11 @@ class Pipeline:
         self.sampler = Sampler(steps, churn)
         self.image_sampler = Sampler(args.image_steps or steps, churn, guidance=args.guidance)
         self.networks = {}
-        self.weights = {}
         for checkpoint in checkpoints.values():
             for part in checkpoint["models"]:         # prior, image or, of stage joint, both
-                network = twosdm.load_denoiser(checkpoint, part, device)
-                self.networks[part] = network
-                self.weights[part] = twosdm.fingerprint(network)
+                self.networks[part] = twosdm.load_denoiser(checkpoint, part, device)
                 if args.compile:
-                    network.net.compile()
+                    self.networks[part].net.compile()
         self.autoencoder = None
         if self.config.vae:
             self.autoencoder = twosdm.Autoencoder(self.config.vae).to(device)
@@ -103,7 +99,7 @@ class Pipeline:
         only = self.args.class_
         if only is None:
             return counts
-        if only >= len(counts):
+        if only >= len(counts) or counts[only] == 0:
             raise UserError(f"--class {only}: this model knows {len(counts)} classes, from 0")
         return [int(i == only) for i in range(len(counts))]
 
@@ -154,7 +150,7 @@ class Pipeline:
                 noise = SampleNoise(seeds, self.device, twosdm.PRIOR)
             y = twosdm.sample_embeddings(self.networks["prior"], noise, a, self.sampler)          # p(y | a)
         elif self.method == "2sdm" and self.y_dim:                            # Class-cond
-            counts = self.run["embedder"]["reduction"]["counts"]
+            counts = self.run["embedder"]["reduction"]["counts"].numpy()
             y = self.one_hot(pick_numbers(seeds, counts, twosdm.CLUSTER), len(counts))
         return y, a
 
@@ -193,7 +189,7 @@ class Pipeline:
             "precision": args.precision,
             "compile": args.compile,
             "device": self.device.type,               # each kind has random numbers of its own
-            "weights": self.weights,
+            "weights": {part: twosdm.fingerprint(network) for part, network in self.networks.items()},
             "images_seen": self.run["seen"],
             "train_seed": self.config.seed,
             "finetuned": bool(self.config.init_from),
@@ -247,25 +243,25 @@ class Samples:
 class Interpolation:
     """--interpolate N, Appendix C: y changes from row to row, the image noise from column to column.
 
-    Two corners are the images of two seeds. There is no churn, as it would bring noise of its own.
+    The corners belong to two seeds: two of them are the images that these give alone. There is no churn, as
+    its noise would have to change, too.
     """
     given = None
 
     def __init__(self, pipeline, args):
         self.pipeline = pipeline
-        self.columns = args.interpolate
-        self.rows = range(args.interpolate)
         self.seed = args.seed
+        self.rows = range(args.interpolate)
+        self.columns = args.interpolate
         self.way = torch.linspace(0, 1, args.interpolate, device=pipeline.device)
-        noise = NoiseBetween(self.seed, twosdm.PRIOR, self.way)
-        same_class = [self.seed] * args.interpolate
-        self.y, self.a = pipeline.conditions(same_class, noise)               # (N, D), (N, A)
 
     def draw(self, rows, column):
         """(B,) rows, a column -> (B, R, R, 3) uint8."""
-        noise = NoiseBetween(self.seed, twosdm.IMAGE, self.way[[column] * len(rows)])
-        a = None if self.a is None else self.a[rows]
-        return self.pipeline.render(noise, self.y[rows], a)
+        B = len(rows)
+        noise_of_y = NoiseBetween(self.seed, twosdm.PRIOR, self.way[rows])
+        y, a = self.pipeline.conditions([self.seed] * B, noise_of_y)          # all of the first seed's class
+        noise = NoiseBetween(self.seed, twosdm.IMAGE, self.way[[column] * B])
+        return self.pipeline.render(noise, y, a)
 
 
 class NoiseBetween:
@@ -372,7 +368,7 @@ def draw_missing(table, files, batch, name):
 def timing(times, batch, device):
     """What Table 5 shows. The first batch is left out: it warms up the device."""
     seconds, images = np.sum(times[1:], axis=0)
-    name = "CPU"
+    name = f"CPU, threads per batch: {torch.get_num_threads()}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return dict(ms_per_image=1000 * seconds / images, batch=batch, device=name, images=int(images))
@@ -394,12 +390,9 @@ def draw_method(method, paths, args, device):
     times = draw_missing(table, files, args.batch, name)
     if rank() > 0:
         return None
-    if len(times) > 1:
-        measured = timing(times, args.batch, device)
-        # A few images that were missing do not replace the time of many.
-        if measured["images"] > settings.get("timing", {"images": 0})["images"]:
-            settings["timing"] = measured
-            write_settings(folder, settings)
+    if len(times) > 1:                                # a few images that were missing replace no earlier time
+        settings["timing"] = timing(times, args.batch, device)
+        write_settings(folder, settings)
     drawn = twosdm.ImageFiles(folder, pipeline.config.resolution, [file.name for file in files.values()])
     if args.npz:
         with twosdm.written(folder / "samples.npz") as file:
@@ -419,6 +412,7 @@ def draw_method(method, paths, args, device):
 # ============================================================================================================
 @dataclass
 class Flags:
+    """The flags; - stands for _, as in --same-y 8, and the one for class_ is --class."""
     # Whose models
     dataset: str = "shapes"
     method: list = ()               # of 2sdm, oracle, baseline, joint; default: all that are trained
@@ -433,8 +427,8 @@ class Flags:
     seed: int = 0                   # of the first image; the others follow
     same_y: int = None              # images of each y; default: 1
     interpolate: int = None         # a grid of N x N images between two seeds, without churn
-    like: list = ()                 # image files, of each of which to draw --same-y variations, by default 8
-    # How
+    like: list = ()                 # image files; draw --same-y variations of each, by default 8
+    # How, and where to
     steps: int = None               # of prior and image model; default: the run's
     image_steps: int = None         # of the image model alone; default: as --steps
     churn: float = None             # S_churn; 0 = deterministic; default: the run's
@@ -443,7 +437,6 @@ class Flags:
     device: str = "auto"            # auto: cuda, else mps, else cpu
     precision: str = "auto"         # fp32, tf32, bf16; auto: tf32 on cuda, else fp32
     compile: bool = False           # torch.compile the networks: pays for thousands of images
-    # Files
     samples: str = "samples"        # folder of all samples
     npz: bool = False               # also write samples.npz: all images as one array, arr_0
     data: str = ""                  # where the training images are now, for the oracle
@@ -486,7 +479,6 @@ def parse():
             how = dict(action="store_true")
         parser.add_argument(f"--{name}", dest=field.name, help=argparse.SUPPRESS, **how)
     args = parser.parse_args()
-    twosdm.parse_y(args.y)
     for name, least in LEAST.items():
         value = getattr(args, name.replace("-", "_").replace("class", "class_"))
         if value is not None and not least <= value < math.inf:
@@ -529,7 +521,7 @@ def find_checkpoints(method, args):
     for file in args.checkpoint:
         stage = twosdm.load_checkpoint(file)["stage"]
         if stage not in stages:
-            raise UserError(f"{file} is of stage {stage}, which is none of --method {method}: give its --method")
+            raise UserError(f"{file} is of stage {stage}, not for --method {method}: leave one of them out")
         paths[stage] = Path(file)
     return paths
 

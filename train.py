@@ -109,7 +109,7 @@ class Config:
     save_minutes: float = 10.0          # between checkpoints
 
 
-ADM = dict(arch="adm", width=192, mults=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), batch_gpu=16)    # EDM
+ADM = dict(arch="adm", width=192, mults=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), batch_gpu=8)     # EDM
 # Paper: batch, lr, no augmentation. EDM: dropout; its EMA of 50 M images belongs to its 2,500 M.
 IMAGENET = dict(ADM, augment=0.0, dropout=0.10, batch=128, lr=1e-4)
 # Ours: minutes on a CPU, where many small steps learn more than few large ones.
@@ -121,7 +121,8 @@ PRESETS = {
     "ffhq": {},
     "imagenet": IMAGENET,
     "imagenet-class": dict(IMAGENET, a="class"),
-    "imagenet-latent": dict(IMAGENET, a="class", resolution=256, vae="stabilityai/sd-vae-ft-mse"),
+    "imagenet-latent": dict(IMAGENET, a="class", resolution=256, vae="stabilityai/sd-vae-ft-mse",
+                            batch_gpu=32),            # latents are smaller
     "cifar10": dict(resolution=32, a="class", augment=0.12, dropout=0.13, mults=(2, 2, 2), images=200 * M,
                     batch=512, lr=1e-3, batch_gpu=64),                    # EDM
     # Ours: your own images, and two data sets for a laptop.

@@ -1279,12 +1279,9 @@ def made_once(path, shape, dtype, make, what, batch=256):
             with open(part, "ab") as file:
                 done = file.tell() // (row_bytes * batch) * batch         # whole batches, as they are made
                 file.truncate(done * row_bytes)
-                with progress(what=what, total=total, initial=done) as bar:
-                    for start in range(done, total, batch):
-                        stop = min(start + batch, total)
-                        made = np.ascontiguousarray(make(start, stop), dtype)
-                        file.write(made.data)
-                        bar.update(stop - start)
+                for start in progress(range(done, total, batch), what, f" x {batch} images"):
+                    made = np.ascontiguousarray(make(start, min(start + batch, total)), dtype)
+                    file.write(made.data)
             os.replace(part, path)
     try:
         return np.memmap(path, dtype, "r", shape=shape)
@@ -1307,8 +1304,8 @@ class ImageFiles:
     """The images of a folder or zip, at any depth, read when they are looked at.
 
     `names` (N), with / between folders; `files[rows]` -> (B, R, R, 3) uint8, center squares. Without a
-    resolution, all must be squares of one size. Unless names are given, the source is listed; then `key`
-    changes with names, sizes and times. Raises UserError.
+    resolution, all must be squares of one size. Unless names are given, the source is listed: `listed` is
+    {name of any file: its size}, `folders` has all folders. Raises UserError.
     """
 
     def __init__(self, source, resolution=None, names=None, skip_bad=False):
@@ -1318,7 +1315,6 @@ class ImageFiles:
             names = [name for name in sorted(self.listed) if name.lower().endswith(SUFFIXES)]
             if "settings.json" in self.listed and "grid.png" in names:
                 names.remove("grid.png")              # sample.py's picture of all
-            self.key = hash_of(repr([(name, self.listed[name]) for name in names]))
         self.names = np.array(names)
         if skip_bad:
             good = list(progress(self.each(self.is_good, names), "checking"))
@@ -1340,6 +1336,15 @@ class ImageFiles:
             yield from pool.map(function, names)
 
     @functools.cached_property
+    def key(self):
+        """12 digits that change with names, sizes and, of at most a hundred images, the bytes."""
+        parts = [repr([(name, self.listed[name]) for name in self.names.tolist()])]
+        for name in self.names[::len(self) // 100 + 1]:
+            with self.reading(name) as file:
+                parts.append(file)
+        return hash_of(*parts)
+
+    @functools.cached_property
     def archive(self):
         return open_zip(self.source)
 
@@ -1358,7 +1363,7 @@ class ImageFiles:
         except MemoryError:
             raise
         except Exception as error:                    # on damaged files Pillow and zipfile raise anything
-            reason = one_line(error).split(" <")[0]   # without addresses of objects
+            reason = re.sub(r" <\S+ object at \w+>", "", one_line(error))
             raise UserError(f"{name} in {self.source} cannot be read ({reason}): repair or remove it; "
                             f"train.py --skip-bad leaves all such images out") from error
 
@@ -1402,7 +1407,7 @@ def plain_name(name):
 
 
 def list_files(source):
-    """A folder or zip -> {name of a file below it: its size, its time or checksum}, its folders {Path}.
+    """A folder or zip -> {name of a file below it: its size}, its folders {Path}.
 
     What is hidden is left out. Raises UserError.
     """
@@ -1414,8 +1419,7 @@ def list_files(source):
             if path.is_dir():
                 folders.add(name)
             elif path.is_file():
-                found = path.stat()
-                files[name.as_posix()] = found.st_size, found.st_mtime_ns
+                files[name.as_posix()] = path.stat().st_size
             else:
                 raise UserError(f"{path} is no file, or a link to nothing: mend or remove it")
     else:
@@ -1427,7 +1431,7 @@ def list_files(source):
                 folders.add(Path(name))
             else:
                 folders.add(Path(name).parent)
-                files[name] = entry.file_size, entry.CRC
+                files[name] = entry.file_size
     return files, folders
 
 
@@ -1485,8 +1489,7 @@ def read_labels(files, table):
     labels = []
     for name in files.names:
         number = numbers.get(same_letters(name))
-        whole = isinstance(number, int | float) and number % 1 == 0
-        if not whole or not 0 <= number < 100_000:
+        if number not in range(100_000):              # 1.0 is
             raise UserError(f"{where} has for {name} the label {number}, not a whole number from 0: mend it")
         labels.append(int(number))
     return labels, [str(i) for i in range(max(labels) + 1)], ""
@@ -1515,13 +1518,18 @@ def open_image(file):
     return image
 
 
-def open_jpeg(file):
-    """Of a JPEG without its end mark. What comes behind all pixels changes none: if it does, some lack."""
-    image = open_image(file + b"\xff\xd9")
-    other = open_image(file + b"\xaa" * 999 + b"\xff\xd9")                # libjpeg takes 0s for what lacks
-    if image.tobytes() != other.tobytes():
-        raise ValueError("the file is cut off")
-    return image
+def open_cut_image(file):
+    """A JPEG that lacks nothing but its end mark is sound. Raises what Pillow raises for all others."""
+    try:
+        return open_image(file)
+    except OSError:
+        file = file.removesuffix(b"\xff")             # the first half of the mark
+        image = open_image(file + b"\xff\xd9")
+        # Where pixels lack, libjpeg takes 0s; other bytes would give others.
+        other = open_image(file + b"\xaa" * 999 + b"\xff\xd9")
+        if image.tobytes() != other.tobytes():
+            raise
+        return image
 
 
 def read_square(file, resolution):
@@ -1530,10 +1538,7 @@ def read_square(file, resolution):
     Every mode becomes RGB: transparency is laid on white, 16-bit gray is rounded to 8 bits, EXIF orientation
     is applied, color profiles are ignored, an animation gives its first frame.
     """
-    if file.startswith(b"\xff\xd8") and b"\xff\xd9" not in file[-1024:]:
-        image = open_jpeg(file)
-    else:
-        image = open_image(file)
+    image = open_cut_image(file)
     orientation = None
     with suppress(Exception):                         # odd EXIF does not spoil a picture
         orientation = image.getexif().get(0x0112)
@@ -1556,12 +1561,12 @@ def resized(image, resolution):
 
 
 def eight_bits(image):
-    """A 16-bit gray image, 0 = black -> one of 8 bits, rounded. Raises ValueError if it is of another kind."""
+    """A 16-bit gray image, 0 = black -> one of 8 bits, rounded. Raises ValueError for other kinds."""
     tags = getattr(image, "tag_v2", {})               # a TIFF's: its bits, whether 0 is white, its sign
     kind = (tags.get(258, (16,)), tags.get(262, 1), tags.get(339, (1,)))
     if kind != ((16,), 1, (1,)) or image.mode == "F" or "transparency" in image.info:
         raise ValueError("neither of 8 bits nor of 16, black to white: save it as such a PNG")
-    gray = (np.asarray(image).astype(np.int64) + 128) // 257
+    gray = (np.asarray(image, np.int64) + 128) // 257
     return Image.fromarray(gray.astype(np.uint8))
 
 
@@ -1588,7 +1593,7 @@ def prepare_images(source, resolution, cache, skip_bad=False, keep_pixels=True):
             images.pixels = made_once(rows, files.shape, np.uint8, lambda start, stop: files[start:stop],
                                       "preparing", batch=512)
         except UserError:
-            path.unlink()                             # it is looked at anew when the user has mended it
+            path.unlink(missing_ok=True)              # it is looked at anew when the user has mended it
             raise
     return images
 
@@ -1599,25 +1604,19 @@ def times_of(places):
 
 
 def survey(source, resolution, skip_bad):
-    """Lists a folder or zip -> what is to be known of its images without looking again. Says what is there."""
+    """Lists a folder or zip, says what is there -> what is to be known of it without looking again."""
     files = ImageFiles(source, resolution, skip_bad=skip_bad)
     names = files.names.tolist()
     labels, classes, why_no_classes = find_labels(files)
-    kinds = f"no classes, as {why_no_classes}"
-    if labels is not None:
-        counts = [f"{name} {count}" for name, count in zip(classes, np.bincount(labels))]
-        if len(counts) > 20:
-            counts[20:] = ["..."]
-        kinds = f"{len(classes)} classes: {', '.join(counts)}"
+    counts = [f"{name} {count}" for name, count in zip(classes, np.bincount(labels or []))]
+    kinds = why_no_classes or ", ".join(counts[:20])
     others = set(files.listed) - set(names)
     suffixes = collections.Counter(Path(name).suffix.lower() or "without suffix" for name in others)
     left_out = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.items())
-    say(f"{source}: {len(names):,} images, {kinds}; files left out: {left_out or 'none'}")
-    # Images of other contents have other names, sizes or, of a hundred, bytes.
-    sizes = [files.listed[name][0] for name in names]
-    some = [files.content(name) for name in names[::len(names) // 100 + 1]]
+    say(f"{source}: {len(names):,} images, {len(classes)} classes: {kinds}; files left out: "
+        f"{left_out or 'none'}")
     return dict(
-        name=f"{source.stem}-{resolution}-{hash_of(repr([names, sizes, labels]), *some)}",
+        name=f"{source.stem}-{resolution}-{hash_of(files.key, repr(labels))}",
         source=str(source),
         times=times_of(source / folder for folder in files.folders),
         names=names,
@@ -1633,7 +1632,8 @@ def shapes_world(total, resolution, cache, first=0):
         return shapes_images(torch.arange(first + start, first + stop), resolution).numpy()
 
     name = f"shapes-{resolution}-{first}-{first + total}"
-    pixels = made_once(Path(cache, f"{name}.rows"), (total, resolution, resolution, 3), np.uint8, draw, "drawing")
+    shape = (total, resolution, resolution, 3)
+    pixels = made_once(Path(cache, f"{name}.rows"), shape, np.uint8, draw, "drawing")
     labels = shapes_attributes(torch.arange(first, first + total))["shape"].numpy()
     return Images(name, pixels, labels, SHAPES)
 
@@ -1753,8 +1753,8 @@ class Autoencoder(nn.Module):
         except (OSError, ValueError) as error:
             raise UserError(f"the autoencoder '{weights}' cannot be loaded ({one_line(error)}): connect once, "
                             f"or give --vae FOLDER with its config.json and weights") from error
-        self.name = Path(weights).name
         self.model.float().eval().requires_grad_(False)
+        self.name = f"{Path(weights).name}-{fingerprint(self.model)}"
         self.register_buffer("mean", torch.tensor(LATENT_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(LATENT_STD)[:, None, None], persistent=False)
 
@@ -1791,7 +1791,8 @@ def latents_of(images, autoencoder, cache):
 
     def encode(start, stop):
         x = images.batch(np.arange(start, stop), device)
-        return autoencoder.encode(x).cpu().numpy()
+        with full_float32(device):
+            return autoencoder.encode(x).cpu().numpy()
 
     side = images.resolution // 8
     path = Path(cache, f"latents-{images.name}-{autoencoder.name}.rows")
@@ -1828,7 +1829,8 @@ def run(main):
     except (torch.OutOfMemoryError, MemoryError):
         fail("out of memory: give a smaller --batch, or in training a smaller --batch-gpu")
     except ModuleNotFoundError as error:
-        fail(f"the package {error.name} is missing: pip install {error.name}")
+        package = {"open_clip": "open_clip_torch"}.get(error.name, error.name)
+        fail(f"the package {error.name} is missing: pip install {package}")
     except OSError as error:
         if error.errno not in PLACES:
             raise
@@ -2002,6 +2004,7 @@ def load_checkpoint(path):
     """Reads a checkpoint without running anything in it. UserError if it is missing or another file."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist: train it first, with python train.py, or give another file")
+    open(path, "rb").close()                          # what the system refuses is not damaged
     content = None
     # Mapped, what is not used, such as the optimizer in sampling, is never read. Not all file systems can.
     for mmap in (True, False):
