@@ -12,15 +12,13 @@
 Images go to samples/<dataset>/<method>[-flag=value...]/ and are named by their seeds; settings.json says how
 they were drawn. The same command again draws what is missing.
 """
-import argparse
-import inspect
 import json
 import math
 import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -449,40 +447,22 @@ CHOICES = {
 }
 LEAST = {
     "n": 1,
-    "class": 0,
-    "seed": 0,
-    "same-y": 2,
-    "interpolate": 2,
+    "batch": 1,
     "steps": 2,
-    "image-steps": 2,
-    "churn": 0,
-    "guidance": 0,
-    "batch": 1
+    "image_steps": 2,
+    "same_y": 2,
+    "interpolate": 2
 }
 
 
 def parse():
-    """-> the flags, as in `Flags`. Raises UserError for numbers without sense."""
-    parser = argparse.ArgumentParser(
-        usage="python sample.py [--FLAG VALUE ...]",
-        description=__doc__,
-        epilog=inspect.getsource(Flags),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False
-    )
-    for field in fields(Flags):
-        name = field.name.strip("_").replace("_", "-")
-        how = dict(default=field.default, type=field.type, choices=CHOICES.get(name))
-        if field.type is list:
-            how = dict(default=(), nargs="+", choices=CHOICES.get(name))
-        if field.type is bool:
-            how = dict(action="store_true")
-        parser.add_argument(f"--{name}", dest=field.name, help=argparse.SUPPRESS, **how)
-    args = parser.parse_args()
+    """-> the `Flags`. Raises UserError for numbers without sense."""
+    args = Flags(**twosdm.parse_flags(Flags, __doc__, CHOICES))
+    twosdm.parse_y(args.y)
     for name, least in LEAST.items():
-        value = getattr(args, name.replace("-", "_").replace("class", "class_"))
-        if value is not None and not least <= value < math.inf:
-            raise UserError(f"--{name} {value}: give a number from {least}")
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {least}")
     return args
 
 

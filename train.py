@@ -6,10 +6,8 @@
 A run lives in runs/<dataset>/<stage>/: checkpoint.pt, log.jsonl, samples-*.png, snapshot-*.pt.
 Started again it goes on where it stopped.
 """
-import argparse
 import contextlib
 import functools
-import inspect
 import json
 import math
 import multiprocessing
@@ -46,8 +44,10 @@ class Config:
     """All settings of an experiment, each of which is a flag. The defaults are the paper's for FFHQ.
 
     Where a number is from stands behind it: paper, authors (their code, where the paper is silent), EDM,
-    inferred, ours.
+    inferred, ours. Flags have - for _: --stage image --prior-lr 1e-3 --images 500k --mults 1,2,2 --no-compile
     """
+    stage: str = "all"                  # prior, image, baseline or joint; all: the first three
+
     # Data
     dataset: str = "shapes"             # the data set and what goes with it, see below
     data: str = ""                      # folder or zip with the images
@@ -138,6 +138,8 @@ PRESETS = {
 
 
 CHOICES = {
+    "stage": ["all", *STAGES],
+    "dataset": PRESETS,
     "embedder": twosdm.EMBEDDERS,
     "a": ["none", "class"],
     "prior_predict": ["data", "edm"],
@@ -146,53 +148,9 @@ CHOICES = {
 }
 
 
-def number(text):
-    """'0.25' -> 0.25; what is negative or not a number is refused."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise ValueError
-    return value
-
-
-def whole_number(text):
-    """'25M' -> 25000000, '500k' -> 500000."""
-    scale = {"k": K, "m": M}.get(text[-1:].lower(), 1)
-    return round(number(text.rstrip("kKmM")) * scale)
-
-
-def whole_numbers(text):
-    return tuple(int(part) for part in text.split(","))
-
-
-def parse_flags():
-    """-> the stage, and the settings that were given as flags."""
-    parser = argparse.ArgumentParser(
-        usage="python train.py [--stage all|prior|image|baseline|joint] [--SETTING VALUE ...]",
-        description=__doc__,
-        epilog=f"{inspect.getsource(Config)}\nData sets: {', '.join(PRESETS)}. Flags have - where settings "
-               f"have _: --prior-lr 1e-3 --images 500k --mults 1,2,2 --no-compile",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False
-    )
-    parser.add_argument("--stage", default="all", choices=["all", *STAGES], help=argparse.SUPPRESS)
-    kinds = {int: whole_number, float: number, tuple: whole_numbers, str: str}
-    for field in fields(Config):
-        flag = "--" + field.name.replace("_", "-")
-        if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS)
-        else:
-            parser.add_argument(flag, type=kinds[field.type], choices=CHOICES.get(field.name),
-                                help=argparse.SUPPRESS)
-    given = vars(parser.parse_args())
-    return given.pop("stage"), given
-
-
 def configure(dataset="shapes", **changes):
     """The settings of an experiment: the defaults, then the preset, then the changes. Raises UserError."""
-    if dataset not in PRESETS:
-        raise UserError(f"--dataset {dataset} is unknown: choose one of {', '.join(PRESETS)}")
-    config = replace(Config(dataset), **PRESETS[dataset])
+    config = replace(Config(dataset=dataset), **PRESETS[dataset])
     config = replace(config, **changes)
     if config.data:
         config.data = str(Path(config.data).absolute())                   # sample.py may be run elsewhere
@@ -617,8 +575,8 @@ class Run:
 # 5 The command line
 # ============================================================================================================
 def main():
-    stage, given = parse_flags()
-    config = configure(**given)
+    config = configure(**twosdm.parse_flags(Config, __doc__, CHOICES))
+    stage = config.stage
     stages = [stage]
     if stage == "all":
         stages = ["prior", "image", "baseline"] if twosdm.has_prior(config.y) else ["image", "baseline"]

@@ -21,12 +21,14 @@ Reading order: 1 denoiser, 2 sampling, 3 two stages, 4 prior transformer, 5 U-Ne
 the method. What it stands on: 7 augmentation, 8 the embedded world, 9 sets of images, 10 latents, 11 runs,
 12 EDM's files. The settings of each experiment are at the top of train.py.
 """
+import argparse
 import collections
 import copy
 import errno
 import functools
 import gzip
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -41,7 +43,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -1279,7 +1281,7 @@ def made_once(path, shape, dtype, make, what, batch=256):
             with open(part, "ab") as file:
                 done = file.tell() // (row_bytes * batch) * batch         # whole batches, as they are made
                 file.truncate(done * row_bytes)
-                for start in progress(range(done, total, batch), what, f" x {batch} images"):
+                for start in progress(range(done, total, batch), what, " batches"):
                     made = np.ascontiguousarray(make(start, min(start + batch, total)), dtype)
                     file.write(made.data)
             os.replace(part, path)
@@ -1671,7 +1673,7 @@ def torchvision_images(config, cache, train):
     name = f"{config.dataset}-{config.resolution}-{hash_of(given)}"
     shape = (len(given), config.resolution, config.resolution, 3)
     pixels = made_once(Path(cache, f"{name}.rows"), shape, np.uint8, resize, "preparing")
-    return Images(name, pixels, np.array(data.targets), data.classes)
+    return Images(name, pixels, np.asarray(data.targets), data.classes)
 
 
 def find_source(config, cache):
@@ -1854,6 +1856,48 @@ def one_line(error):
     """What another library says, in at most 200 printable characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return "".join(filter(str.isprintable, text))[:200]
+
+
+def number(text):
+    """'0.25' -> 0.25, '25M' -> 25000000, '500k' -> 500000; what is negative or no number is refused."""
+    scale = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
+    value = float(text.rstrip("kKmM")) * scale
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
+def whole_number(text):
+    return round(number(text))
+
+
+def whole_numbers(text):
+    return tuple(int(part) for part in text.split(","))
+
+
+def parse_flags(settings, description, choices, epilog=""):
+    """The command line, with a flag for each field of a dataclass -> {name: value} of those given.
+
+    --help shows the dataclass, with its defaults and comments.
+    """
+    parser = argparse.ArgumentParser(
+        usage="python %(prog)s [--FLAG VALUE ...]",
+        description=description,
+        epilog=inspect.getsource(settings) + epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False
+    )
+    types = {int: whole_number, float: number, tuple: whole_numbers}
+    for field in fields(settings):
+        how = dict(type=types.get(field.type, str), choices=choices.get(field.name))
+        if field.type is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif field.type is list:
+            how["nargs"] = "+"
+        flag = "--" + field.name.strip("_").replace("_", "-")
+        parser.add_argument(flag, dest=field.name, help=argparse.SUPPRESS, **how)
+    return vars(parser.parse_args())
 
 
 bar_row = 0                                           # of the terminal, for the bars of this process
@@ -2167,8 +2211,8 @@ def load_edm_pickle(path):
             raise ValueError("not preconditioned as EDM's")
         return from_edm_names(collect_tensors(network))
     except Exception as error:                        # other pickles fail in any way they like
-        raise UserError(f"{path} cannot be read ({error}): give one of EDM's networks DDPM++ and ADM, such "
-                        f"as edm-ffhq-64x64-uncond-vp.pkl, whole") from error
+        raise UserError(f"{path} cannot be read ({one_line(error)}): give one of EDM's networks DDPM++ and "
+                        f"ADM, such as edm-ffhq-64x64-uncond-vp.pkl, whole") from error
 
 
 def init_from_edm(net, path, classes):
@@ -2195,4 +2239,5 @@ def init_from_edm(net, path, classes):
     try:
         net.load_state_dict(ours | theirs)            # strict: every name and shape must fit
     except RuntimeError as error:
-        raise UserError(f"{path} is of another network than --dataset and its settings: {error}") from error
+        raise UserError(f"{path} is of another network than --dataset and its settings ({one_line(error)}): "
+                        f"give the data set and the settings of the file") from error

@@ -1,24 +1,34 @@
-"""Preparing images: every source and mode, labels, hostile files, kills, two processes at once."""
+"""Images as people have them: odd files, labels, zips, kills, what file systems lack, latents."""
+import errno
+import fcntl
 import io
 import json
+import mmap
 import multiprocessing
 import os
 import pickle
-import resource
 import shutil
+import struct
+import sys
 import time
+import unicodedata
 import zipfile
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import Image
 
 import train
 import twosdm
-from twosdm import UserError, made_once, prepare_images
+from twosdm import ImageFiles, UserError, made_once, prepare_images
 
-RED, BLUE = (250, 10, 20), (10, 30, 240)
-DATASET = "torchvision.datasets.cifar."
+SIDE = 12
+RED = (250, 10, 20)
+BLUE = (10, 30, 240)
 
 
 def encoded(image, kind="PNG", **options):
@@ -28,307 +38,351 @@ def encoded(image, kind="PNG", **options):
     return file.getvalue()
 
 
-def noise(seed, width=12, height=12):
+def decoded(file):
+    return Image.open(io.BytesIO(file)).convert("RGB")
+
+
+def noise(seed, width=SIDE, height=SIDE):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def folder(path, *names, seed=0):
-    """A folder of random PNGs."""
-    for i, name in enumerate(names):
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(encoded(noise(seed + i)))
-    return path
-
-
-def packed(source, method=zipfile.ZIP_DEFLATED):
-    """A zip beside the folder, of it and what is in it."""
-    path = source.with_name(f"{method}.zip")
-    with zipfile.ZipFile(path, "w", method) as archive:
-        for file in sorted(source.rglob("*.*"), reverse=True):
-            archive.write(file, file.relative_to(source.parent))
-    return path
-
-
-def begun(*arguments, largest=resource.RLIM_INFINITY):
-    """A process that prepares images as a script does, and can write files of this size."""
-    def prepare():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-        resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
-        twosdm.run(lambda: prepare_images(*arguments) and 0)
-
-    process = multiprocessing.get_context("fork").Process(target=prepare)
-    process.start()
-    return process
-
-
-@pytest.fixture
-def square(tmp_path):
-    """square(image, resolution) -> (R, R, 3): what becomes of one image."""
-    def prepared(image, resolution=8, kind="PNG", **options):
-        (tmp_path / "one").mkdir(exist_ok=True)
-        content = encoded(image, kind, **options)
-        (tmp_path / "one" / "image.png").write_bytes(content)
-        shutil.rmtree(tmp_path / "squares", ignore_errors=True)
-        return prepare_images(tmp_path / "one", resolution, tmp_path / "squares").pixels[0]
-
-    return prepared
-
-
-def test_others_than_squares_are_cropped_to_the_center_and_resized_by_lanczos(square):
-    for image, box in ((noise(0), (0, 0, 12, 12)), (noise(0, 31, 20), (5, 0, 25, 20)),
-                       (noise(1, 20, 33), (0, 6, 20, 26))):
-        for side in (8, 20):
-            expected = image.crop(box).resize((side, side), Image.Resampling.LANCZOS)
-            assert (square(image, side) == np.asarray(expected)).all()
-
-
-@pytest.mark.parametrize("mode, value, expected, options", [
-    ("1", 1, 255, {}), ("LA", (0, 0), 255, {}),
-    ("RGBA", (0, 0, 0, 128), 127, {}), ("I;16", 257 * 100, 100, {}), ("L", 5, 255, dict(transparency=5)),
-    ("P", 0, RED, dict(kind="GIF")), ("P", 0, 255, dict(transparency=0)), ("P", 0, RED, dict(transparency=1)),
-    ("RGB", BLUE, BLUE, dict(kind="WEBP", lossless=True)), ("RGB", BLUE, BLUE, dict(kind="BMP")),
-    ("RGB", BLUE, BLUE, dict(kind="TIFF")), ("RGB", BLUE, BLUE, dict(kind="PPM")),
-    ("CMYK", (200, 100, 50, 0), (55, 155, 205), dict(kind="JPEG")),
-    ("YCbCr", (128, 128, 128), 128, dict(kind="JPEG"))])
-def test_every_mode_and_format_becomes_rgb_on_white(square, mode, value, expected, options):
-    image = Image.new(mode, (10, 10), value)
+def plain(mode, value, kind="PNG", **options):
+    """The bytes of an image of one value; of two frames, if the format has them."""
+    image = Image.new(mode, (SIDE, SIDE), value)
     if mode == "P":
         image.putpalette(RED + BLUE)
-    error = np.abs(square(image, **options).astype(int) - expected).max()
-    assert error <= (2 if mode in ("CMYK", "YCbCr") else 0)
+    return encoded(image, kind, append_images=[noise(0)], **options)
 
 
-def test_an_animation_gives_its_first_frame_and_exif_orientation_is_applied(square):
-    red, blue = Image.new("RGB", (16, 16), RED), Image.new("RGB", (16, 8), BLUE)
-    assert (square(red, kind="GIF", save_all=True, append_images=[blue]) == RED).all()
-    red.paste(blue, (0, 0))                                             # blue on top as stored
-    exif = Image.Exif()
-    exif[0x0112] = 6                                                    # to be shown turned clockwise
-    turned = square(red, 16, exif=exif.tobytes())
-    assert (turned[:, 8:] == BLUE).all() and (turned[:, :8] == RED).all()
+def with_chunk(kind):
+    """A PNG with 8 MB beside the picture."""
+    content = b"name\0\0" + zlib.compress(bytes(2**23))
+    parts = struct.pack(">I", len(content)), kind + content, struct.pack(">I", zlib.crc32(kind + content))
+    return PNG[:33] + b"".join(parts) + PNG[33:]
 
 
-def test_first_folders_are_the_classes_unless_an_image_is_in_none(tmp_path):
-    source = folder(tmp_path / "in", "dog/x/1.png", "cat/2.png", "cat/1.JPG", "dog/3.png")
-    (source / "cat" / "notes.txt").write_text("no image")
-    (source / "cat" / "._1.png").write_text("a shadow")
-    (source / "dog" / "circle").symlink_to(source)
-    images = prepare_images(source, 12, tmp_path / "cache")
-    assert images.classes == ["cat", "dog"]
-    assert images.labels.tolist() == [0, 0, 1, 1]
-    assert (images.pixels == np.stack([noise(2), noise(1), noise(3), noise(0)])).all()
-    folder(source, "stray.png")
-    assert prepare_images(source, 12, tmp_path / "cache").labels is None
+def tiff(bits, black):
+    """A 16-bit gray TIFF of kinds that Pillow reads, but does not write."""
+    tags = {256: SIDE, 257: SIDE, 258: bits, 259: 1, 262: black, 273: 200, 277: 1, 278: SIDE, 279: 2 * SIDE**2}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries
+    return header.ljust(200, b"\0") + GRAY.tobytes()
 
 
-def test_a_zip_equals_its_folder_and_its_outer_folder_is_no_class(tmp_path):
-    source = folder(tmp_path / "in", "cat/1.png", "dog/1.png")
-    plain = prepare_images(source, 8, tmp_path / "cache")
-    (source / "__MACOSX").mkdir()
-    (source / "__MACOSX" / "._1.png").write_text("a shadow")
-    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        zipped = prepare_images(packed(source, method), 8, tmp_path / "cache")
-        assert (zipped.pixels == plain.pixels).all()
-        assert zipped.labels.tolist() == [0, 1]
-        assert zipped.classes == plain.classes == ["cat", "dog"]
-        assert zipped.fingerprint == plain.fingerprint
+def folder(path, files):
+    """A folder of files {name: bytes, or the seed of a PNG}."""
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, int):
+            content = encoded(noise(content))
+        (path / name).write_bytes(content)
+    return path
 
 
-def test_dataset_json_gives_the_labels_or_that_there_are_none(tmp_path):
-    source = folder(tmp_path / "in", "00000/a.png", "00000/b.png")
-    labels = [["00000/b.png", 7], ["00000/a.png", 2]]
-    (source / "dataset.json").write_text(json.dumps(dict(labels=labels)))
-    for each in (source, packed(source)):
-        images = prepare_images(each, 8, tmp_path / "cache")
-        assert images.labels.tolist() == [2, 7]
-        assert images.classes == [str(i) for i in range(8)]
-    (source / "dataset.json").write_text('{"labels": null}')
-    assert prepare_images(source, 8, tmp_path / "cache").labels is None
-
-
-@pytest.mark.parametrize("text", [
-    "{", "[1]", '{"labels": [["a.png", "cat"]]}', '{"labels": [["a.png", -1]]}', '{"labels": [["b.png", 1]]}',
-    '{"labels": [["a.png", 1000000000000]]}', '{"labels": ' + "[" * 200_000,
-    '{"labels": ' + "9" * 10_000 + "}", "\udcff", "fifo", "/dev/zero"], ids=range(11))
-def test_a_bad_dataset_json_is_named_in_one_sentence(tmp_path, text):
-    source = folder(tmp_path / "in", "a.png")
-    table = source / "dataset.json"
-    if text == "fifo":
-        os.mkfifo(table)
-    elif text == "/dev/zero":
-        table.symlink_to(text)
-    else:
-        table.write_text(text, errors="surrogateescape")
-    with pytest.raises(UserError, match="^[^\n]*dataset.json[^\n]*$"):
-        prepare_images(source, 8, tmp_path / "cache")
-
-
-def test_bad_and_hostile_images_are_counted_named_and_left_out_on_request(tmp_path):
-    source = folder(tmp_path / "in", "x/0.png", "y/9.png")
-    png, jpeg = encoded(noise(3, 64, 64)), encoded(noise(4, 64, 64), "JPEG")
-    bad = {
-        "bomb.ppm": b"P6 30000 30000 255\n", "cut.jpg": jpeg[:len(jpeg) // 2], "cut.png": png[:len(png) // 2],
-        "dot.png": encoded(noise(0, 1, 1)), "empty.png": b"", "text.png": b"hello",
-        "float.tiff": encoded(Image.new("F", (9, 9)), "TIFF")}
-    for name, content in bad.items():
-        (source / "x" / name).write_bytes(content)
-    os.mkfifo(source / "x" / "fifo.png")
-    (source / "x" / "zero.png").symlink_to("/dev/zero")
-    (source / "x" / "gone.png").symlink_to("nowhere")
-    (source / "x" / "folder.png").mkdir()
-    with open(source / "x" / "huge.png", "wb") as file:
-        file.truncate(2**40)
-    with pytest.raises(UserError, match="^11 of 13 images.*x/bomb.ppm .*decompression bomb.*x/cut.jpg "
-                       "[^\n]*--skip-bad[^\n]*$") as error:
-        prepare_images(source, 8, tmp_path / "cache")
-    assert "0x" not in str(error.value)                                 # no addresses of objects
-    images = prepare_images(source, 12, tmp_path / "cache", skip_bad=True)
-    assert images.labels.tolist() == [0, 1]
-    assert (images.pixels[:] == np.stack([noise(0), noise(1)])).all()
-    for name in ("x/0.png", "y/9.png"):
-        (source / name).unlink()
-    with pytest.raises(UserError, match="11 of 11"):
-        prepare_images(source, 8, tmp_path / "cache", skip_bad=True)
-
-
-def test_damaged_and_absurd_entries_of_a_zip_are_named_and_nothing_is_unpacked(tmp_path):
-    """A flipped bit, entries that claim a terabyte, names that point outside."""
-    path = tmp_path / "in" / "in.zip"
-    path.parent.mkdir()
-    names = ["damaged.bmp", "../outside.png", "good.png"]
+def zipped(source, rename=str):
+    """A zip of the folder, of the same name, with an entry for each folder."""
+    path = source.with_suffix(".zip")
     with zipfile.ZipFile(path, "w") as archive:
-        for i, name in enumerate(names):
-            archive.writestr(name, encoded(noise(i), "BMP"))
-        archive.writestr("huge.png", b"")
-        archive.infolist()[-1].file_size = 2**40
-    content = bytearray(path.read_bytes())
-    content[200] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="^2 of 3 images.*damaged.bmp .*huge.png [^\n]*$"):
-        prepare_images(path, 8, tmp_path / "cache")
-    assert len(prepare_images(path, 8, tmp_path / "cache", skip_bad=True)) == 1
-    assert {file.name for file in tmp_path.iterdir()} == {"in", "cache"}
+        for file in sorted(source.rglob("*"), reverse=True):
+            info = zipfile.ZipInfo()
+            info.filename = rename(f"{file.relative_to(source)}{'/' * file.is_dir()}")
+            archive.writestr(info, b"" if file.is_dir() else file.read_bytes())
+    return path
 
 
-def test_unusable_sources_get_one_sentence(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 cut short")
-    for source, words in [("missing", "missing cannot be read"), ("empty", "holds no images"),
-                          ("broken.zip", "broken.zip is damaged")]:
-        with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
-            prepare_images(tmp_path / source, 8, tmp_path / "cache")
+def labeled(*pairs):
+    table = dict(labels=pairs or None)
+    return {"dataset.json": json.dumps(table).encode(), "0/a.png": 1, "0/é.png": 2}
 
 
-@pytest.mark.parametrize("source", ["pipe.zip", "/dev/zero"])
-def test_a_pipe_or_device_as_source_is_refused_and_not_read(tmp_path, capfd, source):
-    os.mkfifo(tmp_path / "pipe.zip")
-    process = begun(tmp_path / source, 8, tmp_path / "cache")
-    process.join(30)
-    process.kill()
-    err = capfd.readouterr().err
-    assert err.startswith("error: ") and source in err
+PNG = encoded(noise(1))
+GRAY = (np.arange(SIDE**2) * 455).reshape(SIDE, SIDE).astype("<u2")
+# An orientation, the resolution as a text, and a negative width.
+TAGS = [(0x0100, 9, 1, -5), (0x0112, 3, 1, 6), (0x011A, 2, 3, 50)]
+EXIF = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 3) + b"".join(struct.pack("<HHIi", *tag) for tag in TAGS) + bytes(4)
+JPEG = encoded(noise(1), "JPEG", exif=EXIF)
+TURNED = np.rot90(decoded(JPEG), -1)
+PROGRESSIVE = encoded(noise(2, 64, 64), "JPEG", progressive=True)
+BAD = "a.png --skip-bad"
+# What: the bytes of a.png or several files; the pixels or labels that come of them, or words of the refusal.
+CASES = {
+    "clear gray": (plain("LA", (0, 0)), 255),
+    "half clear": (plain("RGBA", (0, 0, 0, 128)), 127),
+    "clear color": (plain("P", 0, transparency=0), 255),
+    "another clear color": (plain("P", 0, transparency=1), RED),
+    "one bit": (plain("1", 1), 255),
+    "CMYK": (plain("CMYK", (200, 100, 50, 0), "TIFF"), (55, 155, 205)),
+    "GIF of two": (plain("RGB", RED, "GIF", save_all=True), RED),
+    "WebP of two": (plain("RGB", RED, "WEBP", save_all=True, lossless=True), RED),
+    "16 bits": (encoded(Image.fromarray(GRAY)), np.round(GRAY / 257)[:, :, None]),
+    "16 bits, TIFF": (tiff(16, 1), np.round(GRAY / 257)[:, :, None]),
+    "16 bits, 0 is white": (tiff(16, 0), "a.png 16"),
+    "12 bits": (tiff(12, 1), "a.png 16"),
+    "floats": (plain("F", 1, "TIFF"), "a.png 16"),
+    "long text": (with_chunk(b"zTXt"), noise(1)),
+    "long profile": (with_chunk(b"iCCP"), noise(1)),
+    "odd EXIF": (JPEG, TURNED),
+    "broken EXIF": (encoded(noise(1), exif=b"Exif\0\0MM"), noise(1)),
+    "no end mark": (JPEG[:-2], TURNED),
+    "half an end mark": (JPEG[:-1], TURNED),
+    "cut JPEG": (JPEG[:-22], BAD),
+    "cut progressive JPEG": (PROGRESSIVE[:-222], BAD),
+    "cut PNG": (PNG[:200], BAD),
+    "nothing": (b"", BAD),
+    "bomb": (b"P6 30000 30000 255\n", BAD),
+    "wide": (encoded(noise(1, 31)), noise(1, 31).crop((9, 0, 21, SIDE))),
+    "one class": ({"cat/a.png": 1, "cat/b.png": 2}, [0, 0]),
+    "innermost folders": ({"train/dog/a.png": 1, "train/cat/a.png": 2, "test/dog/a.png": 3}, [1, 0, 1]),
+    "a folder without": ({"cat/a.png": 1, "dog/a.heic": b""}, "dog"),
+    "no images": ({"a.heic": b""}, "no images .png"),
+    "labels": (labeled(["0/é.png", 7], ["0/a.png", 2.0], ["0/c.png", 9]), [2, 7]),
+    "other letters": (labeled(["0/a.png", 0], [unicodedata.normalize("NFD", "0/é.png"), 1]), [0, 1]),
+    "a label lacks": (labeled(["0/a.png", 1]), "dataset.json 0/é.png None"),
+    "one-hot": (labeled(["0/a.png", [0, 1]]), "dataset.json 0/a.png whole number"),
+    "huge label": (labeled(["0/a.png", 10**12]), "dataset.json 0/a.png"),
+    "NaN": (labeled(["0/a.png", float("nan")]), "dataset.json 0/a.png"),
+    "no JSON": ({"dataset.json": b"{", "a.png": 1}, "dataset.json labels")
+}
 
 
-def test_a_disk_that_fills_up_is_said_with_the_files_name_and_then_resumed(tmp_path, capfd):
-    source = folder(tmp_path / "in", *[f"{i:02}.png" for i in range(80)])
-    begun(source, 8, tmp_path / "cache", largest=14_000).join()
-    last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path / 'cache'}") and "File too large" in last
-    resumed = prepare_images(source, 8, tmp_path / "cache")
-    assert (resumed.pixels == prepare_images(source, 8, tmp_path / "other").pixels).all()
+@pytest.mark.parametrize("form", [str, zipped])
+@pytest.mark.parametrize("what", CASES)
+def test_every_odd_file_is_read_right_or_refused_by_name(tmp_path, what, form):
+    files, expected = CASES[what]
+    if isinstance(files, bytes):
+        files = {"a.png": files}
+    source = form(folder(tmp_path / "in", files))
+    if isinstance(expected, str):
+        with pytest.raises(UserError) as error:
+            prepare_images(source, SIDE, tmp_path)
+        sentence = str(error.value)
+        assert "\n" not in sentence and "0x" not in sentence
+        for word in expected.split():
+            assert word in sentence
+    elif isinstance(expected, list):
+        assert prepare_images(source, SIDE, tmp_path).labels.tolist() == expected
+    else:
+        assert (prepare_images(source, SIDE, tmp_path).pixels[0] == np.asarray(expected)).all()
+
+
+@pytest.mark.parametrize("suffix", twosdm.SUFFIXES)
+def test_each_suffix_is_read_in_capitals_too_and_resized_by_lanczos(tmp_path, suffix):
+    file = encoded(noise(1).convert("L"), Image.EXTENSION[suffix])
+    source = folder(tmp_path / "in", {"A" + suffix.upper(): file})
+    expected = decoded(file).resize((8, 8), Image.Resampling.LANCZOS)
+    assert (prepare_images(source, 8, tmp_path).pixels[0] == np.asarray(expected)).all()
+
+
+@pytest.mark.parametrize("rename", [str, "./{}".format, "/{}".format, lambda name: name.replace("/", "\\")])
+def test_a_zip_and_the_same_files_unzipped_are_one_set_and_a_line_says_what_it_is(tmp_path, capsys, rename):
+    source = folder(tmp_path / "in", {
+        "cat/1.png": 1, "cat/2.png": 2, "dog/1.png": 3, "dog/1.HEIC": b"", "cat/1.heic": b"", "cat/notes": b"",
+        "dog/.DS_Store": b"", "__MACOSX/cat/._1.png": b""})
+    sets = [prepare_images(path, 8, tmp_path) for path in (source, zipped(source, rename))]
+    for line in capsys.readouterr().out.splitlines():
+        for words in ("3 images, 2 classes: cat 2, dog 1;", "2 .heic", "1 without suffix"):
+            assert words in line
+        assert "DS_Store" not in line
+    assert sets[0].name == sets[1].name
+    assert sets[0].labels.tolist() == sets[1].labels.tolist() == [0, 0, 1]
+    assert (sets[0].pixels == sets[1].pixels).all()
+    folder(source, {"cat/1.png": 4})
+    assert ImageFiles(source, 8).key != ImageFiles(source.with_suffix(".zip"), 8).key
+
+
+def test_what_cannot_be_listed_is_named_and_no_link_is_followed_in_circles(tmp_path, monkeypatch):
+    source = folder(tmp_path / "in", {"cat/1.png": 1})
+    folder(tmp_path / "else", {os.fsdecode(b"\xe9.png"): 2})
+    (source / "dog").symlink_to(tmp_path / "else")
+    (source / "cat/up").symlink_to(source)
+    (source / "cat/same").symlink_to(source / "cat")
+    assert prepare_images(source, 8, tmp_path).classes == ["cat", "dog"]
+    (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04")
+    (source / "bird").symlink_to("nowhere")
+    for path, word in ((source, "bird"), (tmp_path / "cut.zip", "cut.zip"), (tmp_path / "none", "none")):
+        with pytest.raises(UserError, match=word):
+            ImageFiles(path)
+    monkeypatch.setattr(os, "listdir", failing(errno.EACCES))             # root may read everything
+    with pytest.raises(OSError) as error:
+        ImageFiles(source)
+    assert error.value.errno in twosdm.PLACES         # of which `run` makes a sentence
+
+
+def failing(number):
+    def fail(*args):
+        raise OSError(number, os.strerror(number), *args[:1])
+
+    return fail
+
+
+def test_without_a_resolution_images_are_of_one_size_and_an_odd_one_is_named(tmp_path):
+    source = folder(tmp_path, {"0.png": 1, "1.png": 2, "settings.json": b"", "grid.png": encoded(noise(1, 25))})
+    files = ImageFiles(source)
+    assert files.shape == (2, SIDE, SIDE, 3)
+    assert (files[np.array([1, 0])] == [noise(2), noise(1)]).all()
+    for bad, words in ((encoded(noise(1, 17, 17)), "2.png .*17x17"), (b"bad", "2.png")):
+        folder(source, {"2.png": bad})
+        with pytest.raises(UserError, match=words):
+            ImageFiles(source)
+
+
+def test_bad_images_are_left_out_on_request_and_mended_ones_are_looked_at_again(tmp_path, capsys):
+    source = folder(tmp_path / "in", {"cat/1.png": b"bad", "cat/2.png": 2, "dog/1.png": 3})
+    with pytest.raises(UserError, match="cat/1.png"):
+        prepare_images(source, SIDE, tmp_path)
+    images = prepare_images(source, SIDE, tmp_path, skip_bad=True)
+    assert (images.pixels == [noise(2), noise(3)]).all()
+    assert "left out: 1 .png" in capsys.readouterr().out
+    (source / "cat/1.png").unlink()
+    assert prepare_images(source, SIDE, tmp_path).labels.tolist() == [0, 1]
+
+
+def settings(runs, data, **more):
+    return SimpleNamespace(runs=runs, data=data, limit=0, skip_bad=False, vae="", **more)
+
+
+def test_prepared_once_the_source_is_not_looked_at_again_and_may_be_gone(tmp_path, capsys, monkeypatch):
+    config = settings(tmp_path, "", dataset="afhq", resolution=8)
+    with pytest.raises(UserError, match="stargan.*data/afhq"):
+        twosdm.load_images(config)
+    config.data = folder(tmp_path / "in", {"1.png": 1, "2.png": 2})
+    first = twosdm.load_images(config)
+    assert "0 classes: 1.png" in capsys.readouterr().out
+    monkeypatch.setattr(twosdm, "list_files", None)
+    monkeypatch.setattr(twosdm, "read_square", None)
+    twosdm.load_images(config)
+    assert capsys.readouterr().out == ""
+    folder(config.data, {"3.png": 3})
+    twosdm.load_images(config)
+    assert "has changed" in capsys.readouterr().out
+    shutil.rmtree(config.data)
+    config.data = ""                                  # it is known where they were
+    again = twosdm.load_images(config)
+    assert again.name == first.name
+    assert (again.pixels == first.pixels).all()
+
+
+class NoMap(mmap.mmap):
+    def __new__(cls, *args, **options):
+        failing(errno.ENODEV)()
+
+
+@pytest.mark.parametrize("where, name, value", [
+    (sys.modules, "fcntl", None), (vars(fcntl), "flock", failing(errno.ENOLCK)), (vars(mmap), "mmap", NoMap)])
+def test_what_a_file_system_lacks_is_not_fatal(tmp_path, monkeypatch, where, name, value):
+    source = folder(tmp_path / "in", {"1.png": 1, "2.png": 2})
+    monkeypatch.setitem(where, name, value)
+    for _ in range(2):
+        assert (prepare_images(source, SIDE, tmp_path).pixels == [noise(1), noise(2)]).all()
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_bit_and_two_processes_at_once_make_one(tmp_path):
-    source = folder(tmp_path / "in", *[f"{i:04}.png" for i in range(1800)])
-    (source / "1000.png").write_bytes(b"bad")
-    cache, first = tmp_path / "cache", source / "0000.png"
-    whole = prepare_images(source, 8, tmp_path / "whole", True)
-    killed = begun(source, 8, cache, True)
-    while not any(file.stat().st_size for file in cache.glob("*")):
+    source = folder(tmp_path / "in", {f"{i:04}.png": i for i in range(1500)})
+    whole = prepare_images(source, 8, tmp_path / "whole")
+
+    def begun():
+        process = multiprocessing.get_context("fork").Process(target=prepare_images, args=(source, 8, tmp_path))
+        process.start()
+        return process
+
+    killed = begun()
+    while not any(file.stat().st_size for file in tmp_path.glob("*.part")):
         time.sleep(0.001)
-    killed.kill()                                                       # signal 9
+    killed.kill()                                     # signal 9
     killed.join()
-    assert killed.exitcode == -9
-    # What was done is not done again: it does not matter that its file is another one by now.
-    times = first.stat()
-    first.write_bytes(bytes(times.st_size))
-    os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
-    both = [begun(source, 8, cache, True) for _ in range(2)]
+    (source / "0000.png").write_bytes(encoded(noise(0)).replace(b"IDAT", b"lost"))    # it is not read again
+    both = [begun(), begun()]
     for process in both:
         process.join()
         assert process.exitcode == 0
-    images = prepare_images(source, 8, cache, True)
-    assert len(images) == 1799 and images.fingerprint == whole.fingerprint
-    assert (images.pixels[:] == whole.pixels[:]).all()
+    assert (prepare_images(source, 8, tmp_path).pixels == whole.pixels).all()
 
 
 @pytest.mark.parametrize("stop", [1, 2, 4])
 def test_rows_made_once_are_resumed_by_whole_batches_and_never_made_again(tmp_path, stop):
+    path = tmp_path / "new" / "a.rows"
     calls = []
 
     def make(start, end):
-        calls.append((start, end))
+        calls.append(start)
         if len(calls) == stop:
-            raise KeyboardInterrupt
-        return np.arange(start, end, dtype=np.int64) ** 2
+            failing(errno.ENOSPC)()
+        return np.arange(start, end) ** 2
 
-    def made(total=10):
-        return made_once(tmp_path / "new" / "rows", total, np.int64, make, "squares", batch=3).tolist()
+    def made():
+        return made_once(path, (10,), np.int64, make, "squares", batch=3).tolist()
 
-    batches, squares = [(0, 3), (3, 6), (6, 9), (9, 10)], [i * i for i in range(10)]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(OSError):
         made()
-    for file in (tmp_path / "new").glob("*"):
-        with open(file, "ab") as torn:
-            torn.write(b"half")                                         # of a row, as a kill leaves it
-    assert made() == made() == squares
-    assert calls == batches[:stop] + batches[stop - 1:]
-    assert made(11)[:10] == squares                                     # another size: made anew
-    assert len(calls) == 9
-
-
-def test_a_cache_is_used_again_only_if_sources_and_resolution_match(tmp_path):
-    source, cache = folder(tmp_path / "in", "a.png", "b.png"), tmp_path / "cache"
-
-    def prepare(resolution=32):
-        """Images, and whether anything was made for them."""
-        before = [file.stat().st_mtime_ns for file in sorted(cache.glob("*.rows"))]
-        images = prepare_images(source, resolution, cache)
-        return images, before != [file.stat().st_mtime_ns for file in sorted(cache.glob("*.rows"))]
-
-    first, made = prepare()
-    assert made and not first.pixels.flags.writeable
-    assert prepare(16)[1] and not prepare()[1]                          # another resolution, beside the first
-    folder(source, "a.png", seed=7)
-    os.utime(source / "a.png", ns=(1, 1))
-    changed, made = prepare()                                           # another image under the same name
-    assert made and changed.fingerprint != first.fingerprint
-    folder(source, "c.png")
-    latest, made = prepare()
-    assert made and len(latest) == 3
-    os.truncate(max(cache.glob("*.rows"), key=os.path.getmtime), 100)   # damaged
-    assert prepare()[1] and prepare()[0].fingerprint == latest.fingerprint
-    source = source.rename(tmp_path / "moved")
-    assert not prepare()[1]                                             # the same files elsewhere
+    with open(path.with_suffix(".part"), "ab") as torn:
+        torn.write(b"half")                           # of a row, as a kill leaves it
+    assert made() == made() == [i * i for i in range(10)]
+    assert sorted(calls) == sorted([0, 3, 6, 9, calls[stop]])
+    os.truncate(path, 50)                             # as a broken copy leaves it
+    assert made()[9] == 81
 
 
 def test_cifar10_is_read_as_torchvision_keeps_it(tmp_path, monkeypatch):
-    config = train.configure("cifar10", "image", data=str(tmp_path))
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
-    base = tmp_path / "cifar-10-batches-py"
-    base.mkdir()
-    for i in range(5):
+    config = train.configure("cifar10", data=str(tmp_path), runs=str(tmp_path))
+    pixels = noise(0, 12 * 32, 32)
+    pixels = np.stack(np.split(np.asarray(pixels), 12, axis=1))
+    files = {"batches.meta": pickle.dumps(dict(label_names=list("abcdefghij")))}
+    for i, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
         rows = pixels[2 * i:2 * i + 2].transpose(0, 3, 1, 2).reshape(2, -1)
-        content = pickle.dumps(dict(data=rows, labels=[i, 9 - i]))
-        (base / f"data_batch_{i + 1}").write_bytes(content)
-    (base / "batches.meta").write_bytes(pickle.dumps(dict(label_names=[f"class {i}" for i in range(10)])))
-    monkeypatch.setattr(DATASET + "CIFAR10.download", lambda self: None)                 # no network
-    with pytest.raises(UserError, match="cifar-10-python.tar.gz"):      # checksums not the real ones
+        files[name] = pickle.dumps(dict(data=rows, labels=[i, 9 - i]))
+    folder(tmp_path / "cifar-10-batches-py", files)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", lambda self: None)      # no network
+    with pytest.raises(UserError, match="cifar-10-python.tar.gz"):                        # other checksums
         twosdm.load_images(config)
-    monkeypatch.setattr(DATASET + "check_integrity", lambda *args: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
     images = twosdm.load_images(config)
-    assert (images.pixels == pixels).all()
+    assert (images.pixels == pixels[:10]).all()
     assert images.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
-    assert images.classes[3] == "class 3"
-    with pytest.raises(UserError, match="--resolution"):
-        twosdm.load_images(train.configure("cifar10", "image", data=str(tmp_path), resolution=64))
+    assert (twosdm.test_images(config, 1).pixels == pixels[10:11]).all()
+
+
+def test_the_program_that_openai_gives_away_is_refused_with_the_name_of_the_weights(tmp_path):
+    path = str(tmp_path / "ViT-B-32.pt")
+    torch.jit.trace(torch.sqrt, torch.ones(1)).save(path)
+    with pytest.raises(UserError, match="ViT-B-32.pt.*open_clip_model.safetensors"):
+        twosdm.ClipEmbedder(path)
+
+
+class TinyVae(torch.nn.Linear):
+    """In place of Stable Diffusion's, with the interface of diffusers: it halves, and shrinks by 8."""
+
+    @classmethod
+    def from_pretrained(cls, weights):
+        if weights == "missing":
+            failing(errno.ENOENT)()
+        return cls(1, 1)
+
+    def encode(self, x):
+        mean = x[:, [0, 1, 2, 0], ::8, ::8] / 2
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=0 * mean))
+
+    def decode(self, z):
+        return SimpleNamespace(sample=2 * z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3))
+
+
+def test_latents_are_scaled_made_once_for_each_autoencoder_and_decoded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=TinyVae))
+    with pytest.raises(UserError, match="missing.*--vae"):
+        twosdm.Autoencoder("missing")
+    vae = twosdm.Autoencoder("tiny")
+    files = {f"{i}.ppm": plain("RGB", (20 * i, 9, 7), "PPM") for i in range(9)}
+    config = settings(tmp_path, folder(tmp_path / "in", files), dataset="folder", resolution=16)
+    config.vae = "tiny"
+    images = twosdm.load_images(config, vae)
+    rows = np.arange(9)
+    x = images.batch(rows)
+    z = vae.sample(torch.from_numpy(images.latents[rows]))
+    assert (z * 2 * vae.std + vae.mean - (x[:, [0, 1, 2, 0], :2, :2] + 1) / 4).abs().max() < 1e-3
+    assert (vae.decode(z, chunk=2) - x).abs().max() < 1e-2
+    assert vae.decode(99 * z).abs().max() <= 1
+    twosdm.load_images(config, twosdm.Autoencoder("tiny"))                # its weights are others
+    cached = list((tmp_path / "folder/data").glob("*.rows"))
+    assert [file.stat().st_size for file in cached] == [9 * 8 * 2 * 2 * 2] * 2
+    (config.data / "3.ppm").unlink()
+    with pytest.raises(UserError, match="3.ppm"):     # the pixels stay in the source
+        images.pixels[2:5]
