@@ -351,8 +351,8 @@ class PriorTransformer(nn.Module):
 
     forward: y_sigma (B, D) scaled by c_in, c_noise (B,), a (B, A), augmentation label (B, 9) -> (B, D), read
     off the query's token. Tokens of an absent input are not built (A = 0, no augmentation in training).
-    Width, depth, heads and the order of the tokens are those of the authors' code; the paper's order is
-    [sigma] [a] [y_sigma] [query].
+    Width, depth, heads, the MLP of sigma and the order of the tokens are those of the authors' code.
+    Departure: the paper's order is [sigma] [a] [y_sigma] [query].
     Departure: a plain pre-norm transformer of 20 M parameters; the authors' block of 25 M adds a causal mask,
     shared keys and values, cosine attention, rotary and relative positions and SwiGLU.
     Departure: y_sigma passes a linear map whatever D is; in the authors' code only if D is not the width.
@@ -1984,7 +1984,8 @@ def set_precision(name, device, auto="bf16"):
     """Resolves --precision and sets how the device multiplies float32: exactly, or as TF32 (10 bits).
 
     auto: on GPUs of compute capability 8.0 or more, which compute fast in it, `auto`; else fp32.
-    Departure: EDM trains these networks in float32; bf16 keeps 8 bits of what its layers multiply.
+    Departure: EDM trains these networks in float32, and does not compile them; bf16 keeps 8 bits of what
+    their layers multiply.
     """
     if name == "auto":
         name = "fp32"

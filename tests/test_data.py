@@ -24,11 +24,10 @@ from PIL import Image
 
 import train
 import twosdm
-from twosdm import ImageFiles, UserError, made_once, prepare_images
+from twosdm import ImageFiles, UserError, prepare_images
 
 SIDE = 12
 RED = (250, 10, 20)
-BLUE = (10, 30, 240)
 
 
 def encoded(image, kind="PNG", **options):
@@ -47,26 +46,22 @@ def noise(seed, width=SIDE, height=SIDE):
 
 
 def plain(mode, value, kind="PNG", **options):
-    """The bytes of an image of one value; of two frames, if the format has them."""
-    image = Image.new(mode, (SIDE, SIDE), value)
-    if mode == "P":
-        image.putpalette(RED + BLUE)
-    return encoded(image, kind, append_images=[noise(0)], **options)
+    """The bytes of an image of one value."""
+    return encoded(Image.new(mode, (SIDE, SIDE), value), kind, **options)
 
 
-def with_chunk(kind):
-    """A PNG with 8 MB beside the picture."""
-    content = b"name\0\0" + zlib.compress(bytes(2**23))
-    parts = struct.pack(">I", len(content)), kind + content, struct.pack(">I", zlib.crc32(kind + content))
-    return PNG[:33] + b"".join(parts) + PNG[33:]
+def with_text():
+    """A PNG with 8 MB of text beside the picture."""
+    content = b"zTXtname\0\0" + zlib.compress(bytes(2**23))
+    length = struct.pack(">I", len(content) - 4)
+    return PNG[:33] + length + content + struct.pack(">I", zlib.crc32(content)) + PNG[33:]
 
 
-def tiff(bits, black):
-    """A 16-bit gray TIFF of kinds that Pillow reads, but does not write."""
-    tags = {256: SIDE, 257: SIDE, 258: bits, 259: 1, 262: black, 273: 200, 277: 1, 278: SIDE, 279: 2 * SIDE**2}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries
-    return header.ljust(200, b"\0") + GRAY.tobytes()
+def tiff(tag, value):
+    """A 16-bit gray TIFF with another value of a tag than Pillow has written."""
+    file = encoded(Image.fromarray(GRAY), "TIFF")
+    old = {258: 16, 262: 1}[tag]
+    return file.replace(struct.pack("<HHII", tag, 3, 1, old), struct.pack("<HHII", tag, 3, 1, value))
 
 
 def folder(path, files):
@@ -99,36 +94,29 @@ PNG = encoded(noise(1))
 GRAY = (np.arange(SIDE**2) * 455).reshape(SIDE, SIDE).astype("<u2")
 # An orientation, the resolution as a text, and a negative width.
 TAGS = [(0x0100, 9, 1, -5), (0x0112, 3, 1, 6), (0x011A, 2, 3, 50)]
-EXIF = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 3) + b"".join(struct.pack("<HHIi", *tag) for tag in TAGS) + bytes(4)
-JPEG = encoded(noise(1), "JPEG", exif=EXIF)
+EXIF = [b"Exif\0\0II*\0", struct.pack("<IH", 8, 3), *[struct.pack("<HHIi", *tag) for tag in TAGS], bytes(4)]
+JPEG = encoded(noise(1), "JPEG", exif=b"".join(EXIF))
 TURNED = np.rot90(decoded(JPEG), -1)
 PROGRESSIVE = encoded(noise(2, 64, 64), "JPEG", progressive=True)
 BAD = "a.png --skip-bad"
 # What: the bytes of a.png or several files; the pixels or labels that come of them, or words of the refusal.
 CASES = {
-    "clear gray": (plain("LA", (0, 0)), 255),
     "half clear": (plain("RGBA", (0, 0, 0, 128)), 127),
-    "clear color": (plain("P", 0, transparency=0), 255),
-    "another clear color": (plain("P", 0, transparency=1), RED),
     "one bit": (plain("1", 1), 255),
     "CMYK": (plain("CMYK", (200, 100, 50, 0), "TIFF"), (55, 155, 205)),
-    "GIF of two": (plain("RGB", RED, "GIF", save_all=True), RED),
-    "WebP of two": (plain("RGB", RED, "WEBP", save_all=True, lossless=True), RED),
+    "animation": (plain("RGB", RED, save_all=True, append_images=[noise(2)]), RED),
+    "clear color": (plain("L", 5, transparency=5), 255),
     "16 bits": (encoded(Image.fromarray(GRAY)), np.round(GRAY / 257)[:, :, None]),
-    "16 bits, TIFF": (tiff(16, 1), np.round(GRAY / 257)[:, :, None]),
-    "16 bits, 0 is white": (tiff(16, 0), "a.png 16"),
-    "12 bits": (tiff(12, 1), "a.png 16"),
-    "floats": (plain("F", 1, "TIFF"), "a.png 16"),
-    "long text": (with_chunk(b"zTXt"), noise(1)),
-    "long profile": (with_chunk(b"iCCP"), noise(1)),
+    "16 bits, TIFF": (tiff(258, 16), np.round(GRAY / 257)[:, :, None]),
+    "16 bits, 0 is white": (tiff(262, 0), "a.png 16"),
+    "12 bits": (tiff(258, 12), "a.png 16"),
+    "long text": (with_text(), noise(1)),
     "odd EXIF": (JPEG, TURNED),
     "broken EXIF": (encoded(noise(1), exif=b"Exif\0\0MM"), noise(1)),
     "no end mark": (JPEG[:-2], TURNED),
-    "half an end mark": (JPEG[:-1], TURNED),
     "cut JPEG": (JPEG[:-22], BAD),
     "cut progressive JPEG": (PROGRESSIVE[:-222], BAD),
     "cut PNG": (PNG[:200], BAD),
-    "nothing": (b"", BAD),
     "bomb": (b"P6 30000 30000 255\n", BAD),
     "wide": (encoded(noise(1, 31)), noise(1, 31).crop((9, 0, 21, SIDE))),
     "one class": ({"cat/a.png": 1, "cat/b.png": 2}, [0, 0]),
@@ -140,54 +128,46 @@ CASES = {
     "a label lacks": (labeled(["0/a.png", 1]), "dataset.json 0/é.png None"),
     "one-hot": (labeled(["0/a.png", [0, 1]]), "dataset.json 0/a.png whole number"),
     "huge label": (labeled(["0/a.png", 10**12]), "dataset.json 0/a.png"),
-    "NaN": (labeled(["0/a.png", float("nan")]), "dataset.json 0/a.png"),
     "no JSON": ({"dataset.json": b"{", "a.png": 1}, "dataset.json labels")
 }
 
 
 @pytest.mark.parametrize("form", [str, zipped])
-@pytest.mark.parametrize("what", CASES)
-def test_every_odd_file_is_read_right_or_refused_by_name(tmp_path, what, form):
-    files, expected = CASES[what]
+@pytest.mark.parametrize("files, expected", CASES.values(), ids=CASES)
+def test_every_odd_file_is_read_right_or_refused_by_name(tmp_path, files, expected, form):
     if isinstance(files, bytes):
         files = {"a.png": files}
     source = form(folder(tmp_path / "in", files))
-    if isinstance(expected, str):
-        with pytest.raises(UserError) as error:
-            prepare_images(source, SIDE, tmp_path)
-        sentence = str(error.value)
-        assert "\n" not in sentence and "0x" not in sentence
-        for word in expected.split():
-            assert word in sentence
-    elif isinstance(expected, list):
-        assert prepare_images(source, SIDE, tmp_path).labels.tolist() == expected
-    else:
-        assert (prepare_images(source, SIDE, tmp_path).pixels[0] == np.asarray(expected)).all()
+    if not isinstance(expected, str):
+        images = prepare_images(source, SIDE, tmp_path)
+        found = images.labels if isinstance(expected, list) else images.pixels[0]
+        assert (found == np.asarray(expected)).all()
+        return
+    with pytest.raises(UserError) as error:
+        prepare_images(source, SIDE, tmp_path)
+    for word in expected.split():
+        assert word in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", twosdm.SUFFIXES)
 def test_each_suffix_is_read_in_capitals_too_and_resized_by_lanczos(tmp_path, suffix):
     file = encoded(noise(1).convert("L"), Image.EXTENSION[suffix])
-    source = folder(tmp_path / "in", {"A" + suffix.upper(): file})
+    folder(tmp_path, {"A" + suffix.upper(): file})
     expected = decoded(file).resize((8, 8), Image.Resampling.LANCZOS)
-    assert (prepare_images(source, 8, tmp_path).pixels[0] == np.asarray(expected)).all()
+    assert (ImageFiles(tmp_path, 8)[:] == np.asarray(expected)).all()
 
 
 @pytest.mark.parametrize("rename", [str, "./{}".format, "/{}".format, lambda name: name.replace("/", "\\")])
 def test_a_zip_and_the_same_files_unzipped_are_one_set_and_a_line_says_what_it_is(tmp_path, capsys, rename):
-    source = folder(tmp_path / "in", {
-        "cat/1.png": 1, "cat/2.png": 2, "dog/1.png": 3, "dog/1.HEIC": b"", "cat/1.heic": b"", "cat/notes": b"",
-        "dog/.DS_Store": b"", "__MACOSX/cat/._1.png": b""})
-    sets = [prepare_images(path, 8, tmp_path) for path in (source, zipped(source, rename))]
+    source = folder(tmp_path / "in", {"cat/1.png": 1, "cat/2.png": 2, "dog/1.png": 3, "dog/1.HEIC": b"",
+                                      "cat/1.heic": b"", "dog/.DS_Store": b"", "__MACOSX/cat/._1.png": b""})
+    a = prepare_images(source, 8, tmp_path)
+    b = prepare_images(zipped(source, rename), 8, tmp_path)
     for line in capsys.readouterr().out.splitlines():
-        for words in ("3 images, 2 classes: cat 2, dog 1;", "2 .heic", "1 without suffix"):
-            assert words in line
-        assert "DS_Store" not in line
-    assert sets[0].name == sets[1].name
-    assert sets[0].labels.tolist() == sets[1].labels.tolist() == [0, 0, 1]
-    assert (sets[0].pixels == sets[1].pixels).all()
-    folder(source, {"cat/1.png": 4})
-    assert ImageFiles(source, 8).key != ImageFiles(source.with_suffix(".zip"), 8).key
+        assert line.endswith(": 3 images, 2 classes: cat 2, dog 1; files left out: 2 .heic")
+    assert a.name == b.name
+    assert a.labels.tolist() == b.labels.tolist() == [0, 0, 1]
+    assert (a.pixels == b.pixels).all()
 
 
 def test_what_cannot_be_listed_is_named_and_no_link_is_followed_in_circles(tmp_path, monkeypatch):
@@ -197,15 +177,13 @@ def test_what_cannot_be_listed_is_named_and_no_link_is_followed_in_circles(tmp_p
     (source / "cat/up").symlink_to(source)
     (source / "cat/same").symlink_to(source / "cat")
     assert prepare_images(source, 8, tmp_path).classes == ["cat", "dog"]
-    (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04")
     (source / "bird").symlink_to("nowhere")
-    for path, word in ((source, "bird"), (tmp_path / "cut.zip", "cut.zip"), (tmp_path / "none", "none")):
+    for path, word in ((source, "bird"), (tmp_path / "none.zip", "none.zip")):
         with pytest.raises(UserError, match=word):
             ImageFiles(path)
     monkeypatch.setattr(os, "listdir", failing(errno.EACCES))             # root may read everything
-    with pytest.raises(OSError) as error:
+    with pytest.raises(PermissionError):              # of which `run` makes a sentence
         ImageFiles(source)
-    assert error.value.errno in twosdm.PLACES         # of which `run` makes a sentence
 
 
 def failing(number):
@@ -216,14 +194,13 @@ def failing(number):
 
 
 def test_without_a_resolution_images_are_of_one_size_and_an_odd_one_is_named(tmp_path):
-    source = folder(tmp_path, {"0.png": 1, "1.png": 2, "settings.json": b"", "grid.png": encoded(noise(1, 25))})
-    files = ImageFiles(source)
+    odd = encoded(noise(1, 17))
+    files = ImageFiles(folder(tmp_path, {"0.png": 1, "1.png": 2, "settings.json": b"", "grid.png": odd}))
     assert files.shape == (2, SIDE, SIDE, 3)
     assert (files[np.array([1, 0])] == [noise(2), noise(1)]).all()
-    for bad, words in ((encoded(noise(1, 17, 17)), "2.png .*17x17"), (b"bad", "2.png")):
-        folder(source, {"2.png": bad})
+    for bad, words in ((odd, "2.png .*17x12"), (b"bad", "2.png")):
         with pytest.raises(UserError, match=words):
-            ImageFiles(source)
+            ImageFiles(folder(tmp_path, {"2.png": bad}))
 
 
 def test_bad_images_are_left_out_on_request_and_mended_ones_are_looked_at_again(tmp_path, capsys):
@@ -238,24 +215,22 @@ def test_bad_images_are_left_out_on_request_and_mended_ones_are_looked_at_again(
 
 
 def settings(runs, data, **more):
-    return SimpleNamespace(runs=runs, data=data, limit=0, skip_bad=False, vae="", **more)
+    return SimpleNamespace(runs=runs, data=data, limit=0, skip_bad=False, **more)
 
 
 def test_prepared_once_the_source_is_not_looked_at_again_and_may_be_gone(tmp_path, capsys, monkeypatch):
-    config = settings(tmp_path, "", dataset="afhq", resolution=8)
-    with pytest.raises(UserError, match="stargan.*data/afhq"):
-        twosdm.load_images(config)
-    config.data = folder(tmp_path / "in", {"1.png": 1, "2.png": 2})
+    source = folder(tmp_path / "in", {"1.png": 1, "2.png": 2})
+    config = settings(tmp_path, source, dataset="afhq", resolution=8, vae="")
     first = twosdm.load_images(config)
     assert "0 classes: 1.png" in capsys.readouterr().out
     monkeypatch.setattr(twosdm, "list_files", None)
     monkeypatch.setattr(twosdm, "read_square", None)
     twosdm.load_images(config)
     assert capsys.readouterr().out == ""
-    folder(config.data, {"3.png": 3})
+    folder(source, {"3.png": 3})
     twosdm.load_images(config)
     assert "has changed" in capsys.readouterr().out
-    shutil.rmtree(config.data)
+    shutil.rmtree(source)
     config.data = ""                                  # it is known where they were
     again = twosdm.load_images(config)
     assert again.name == first.name
@@ -281,7 +256,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_bit_and_two_processes_at_once_ma
     whole = prepare_images(source, 8, tmp_path / "whole")
 
     def begun():
-        process = multiprocessing.get_context("fork").Process(target=prepare_images, args=(source, 8, tmp_path))
+        fork = multiprocessing.get_context("fork")
+        process = fork.Process(target=prepare_images, args=(source, 8, tmp_path))
         process.start()
         return process
 
@@ -290,55 +266,30 @@ def test_killed_at_any_moment_it_goes_on_to_the_bit_and_two_processes_at_once_ma
         time.sleep(0.001)
     killed.kill()                                     # signal 9
     killed.join()
-    (source / "0000.png").write_bytes(encoded(noise(0)).replace(b"IDAT", b"lost"))    # it is not read again
-    both = [begun(), begun()]
-    for process in both:
+    part, = tmp_path.glob("*.part")
+    part.write_bytes(part.read_bytes() + b"torn")
+    (source / "0000.png").write_bytes(bytes((source / "0000.png").stat().st_size))        # is not read again
+    for process in [begun(), begun()]:
         process.join()
         assert process.exitcode == 0
     assert (prepare_images(source, 8, tmp_path).pixels == whole.pixels).all()
 
 
-@pytest.mark.parametrize("stop", [1, 2, 4])
-def test_rows_made_once_are_resumed_by_whole_batches_and_never_made_again(tmp_path, stop):
-    path = tmp_path / "new" / "a.rows"
-    calls = []
-
-    def make(start, end):
-        calls.append(start)
-        if len(calls) == stop:
-            failing(errno.ENOSPC)()
-        return np.arange(start, end) ** 2
-
-    def made():
-        return made_once(path, (10,), np.int64, make, "squares", batch=3).tolist()
-
-    with pytest.raises(OSError):
-        made()
-    with open(path.with_suffix(".part"), "ab") as torn:
-        torn.write(b"half")                           # of a row, as a kill leaves it
-    assert made() == made() == [i * i for i in range(10)]
-    assert sorted(calls) == sorted([0, 3, 6, 9, calls[stop]])
-    os.truncate(path, 50)                             # as a broken copy leaves it
-    assert made()[9] == 81
-
-
 def test_cifar10_is_read_as_torchvision_keeps_it(tmp_path, monkeypatch):
     config = train.configure("cifar10", data=str(tmp_path), runs=str(tmp_path))
-    pixels = noise(0, 12 * 32, 32)
-    pixels = np.stack(np.split(np.asarray(pixels), 12, axis=1))
-    files = {"batches.meta": pickle.dumps(dict(label_names=list("abcdefghij")))}
-    for i, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
-        rows = pixels[2 * i:2 * i + 2].transpose(0, 3, 1, 2).reshape(2, -1)
-        files[name] = pickle.dumps(dict(data=rows, labels=[i, 9 - i]))
-    folder(tmp_path / "cifar-10-batches-py", files)
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", lambda self: None)      # no network
+    kind = torchvision.datasets.CIFAR10
+    pixels = np.asarray(noise(0, 32, 64)).reshape(2, 32, 32, 3)
+    table = pickle.dumps(dict(data=pixels.transpose(0, 3, 1, 2), labels=[1, 0], label_names=["cat", "dog"]))
+    folder(tmp_path / kind.base_folder, {"batches.meta": table, "images": table})
+    monkeypatch.setattr(kind, "download", lambda self: None)                              # no network
     with pytest.raises(UserError, match="cifar-10-python.tar.gz"):                        # other checksums
         twosdm.load_images(config)
+    monkeypatch.setattr(kind, "train_list", [("images", "")])
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
     images = twosdm.load_images(config)
-    assert (images.pixels == pixels[:10]).all()
-    assert images.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
-    assert (twosdm.test_images(config, 1).pixels == pixels[10:11]).all()
+    assert (images.pixels == pixels).all()
+    assert images.labels.tolist() == [1, 0]
+    assert images.classes == ["cat", "dog"]
 
 
 def test_the_program_that_openai_gives_away_is_refused_with_the_name_of_the_weights(tmp_path):
@@ -351,12 +302,6 @@ def test_the_program_that_openai_gives_away_is_refused_with_the_name_of_the_weig
 class TinyVae(torch.nn.Linear):
     """In place of Stable Diffusion's, with the interface of diffusers: it halves, and shrinks by 8."""
 
-    @classmethod
-    def from_pretrained(cls, weights):
-        if weights == "missing":
-            failing(errno.ENOENT)()
-        return cls(1, 1)
-
     def encode(self, x):
         mean = x[:, [0, 1, 2, 0], ::8, ::8] / 2
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=0 * mean))
@@ -366,23 +311,18 @@ class TinyVae(torch.nn.Linear):
 
 
 def test_latents_are_scaled_made_once_for_each_autoencoder_and_decoded(tmp_path, monkeypatch):
+    TinyVae.from_pretrained = lambda weights: TinyVae(1, 1)
     monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=TinyVae))
-    with pytest.raises(UserError, match="missing.*--vae"):
-        twosdm.Autoencoder("missing")
     vae = twosdm.Autoencoder("tiny")
-    files = {f"{i}.ppm": plain("RGB", (20 * i, 9, 7), "PPM") for i in range(9)}
-    config = settings(tmp_path, folder(tmp_path / "in", files), dataset="folder", resolution=16)
-    config.vae = "tiny"
+    source = folder(tmp_path / "in", {f"{i}.ppm": plain("RGB", (20 * i, 9, 7), "PPM") for i in range(9)})
+    config = settings(tmp_path, source, dataset="folder", resolution=16, vae="tiny")
     images = twosdm.load_images(config, vae)
-    rows = np.arange(9)
-    x = images.batch(rows)
-    z = vae.sample(torch.from_numpy(images.latents[rows]))
+    x = images.batch(slice(None))
+    z = vae.sample(torch.tensor(images.latents))
     assert (z * 2 * vae.std + vae.mean - (x[:, [0, 1, 2, 0], :2, :2] + 1) / 4).abs().max() < 1e-3
     assert (vae.decode(z, chunk=2) - x).abs().max() < 1e-2
-    assert vae.decode(99 * z).abs().max() <= 1
     twosdm.load_images(config, twosdm.Autoencoder("tiny"))                # its weights are others
-    cached = list((tmp_path / "folder/data").glob("*.rows"))
-    assert [file.stat().st_size for file in cached] == [9 * 8 * 2 * 2 * 2] * 2
-    (config.data / "3.ppm").unlink()
+    assert len(list(tmp_path.glob("folder/data/*.rows"))) == 2
+    (source / "3.ppm").unlink()
     with pytest.raises(UserError, match="3.ppm"):     # the pixels stay in the source
         images.pixels[2:5]

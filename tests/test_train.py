@@ -1,0 +1,293 @@
+"""Training as a user does it, on tiny settings: what it learns from, resuming, kills, mistakes."""
+import fcntl
+import json
+import math
+import os
+import random
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import ROOT, TINY, picture, quick_clip, refused, same, start
+
+import train
+import twosdm
+
+SHORT = [*TINY, "--preview-every", 0, "--snapshot-every", 0, "--embedder", "pixels"]
+
+
+@pytest.fixture
+def fit(call, tmp_path):
+    """fit(*flags) -> the checkpoint of a stage that is trained without an error."""
+    def fitted(*flags, runs="runs"):
+        code, _, err = call(train, *SHORT, *flags, "--runs", runs, cwd=tmp_path)
+        assert code == 0, err
+        path, = tmp_path.glob(f"{runs}/shapes/*/checkpoint.pt")
+        return twosdm.load_checkpoint(path)
+
+    return fitted
+
+
+def same_training(a, b):
+    """Whether the training that two checkpoints hold is the same to the bit."""
+    return all(same(a[part], b[part]) for part in ("seen", "net", "ema", "optimizer"))
+
+
+def wait_for(condition):
+    deadline = time.time() + 60
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.001)
+
+
+# Stages
+
+def test_stages_side_by_side_are_those_one_after_the_other(trained, call, tmp_path):
+    """To the bit; each has its log, pictures and snapshots."""
+    quick_clip(tmp_path)
+    for stage in ("baseline", "image", "prior"):
+        assert call(train, *TINY, "--stage", stage, cwd=tmp_path)[0] == 0
+        runs = [folder / "runs/shapes" / stage for folder in (trained, tmp_path)]
+        one, other = [twosdm.load_checkpoint(run / "checkpoint.pt") for run in runs]
+        assert one["seen"] == 48
+        assert same_training(one, other)
+        lines = (runs[0] / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["images"] for line in lines] == [16, 32, 48]
+        if stage != "prior":
+            assert (runs[0] / "samples-000000048.png").exists()
+            assert len(list(runs[0].glob("snapshot-*.pt"))) == 3
+
+
+def test_if_a_stage_fails_the_other_is_trained_and_the_exit_code_tells(call, tmp_path):
+    broken = tmp_path / "runs/shapes/image/checkpoint.pt"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("broken")
+    code, _, _ = call(train, *SHORT, "--y", "none", cwd=tmp_path)
+    assert code == 1
+    assert broken.read_text() == "broken"
+    assert twosdm.load_checkpoint(tmp_path / "runs/shapes/baseline/checkpoint.pt")["seen"] == 48
+
+
+def ended(folder):
+    """Whether no process lives of those that `start` has started there."""
+    with open(folder / "output") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def test_a_killed_parent_leaves_no_child(tmp_path):
+    process = start(train, *SHORT, "--y", "none", "--images", 10**5, cwd=tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("runs/shapes/*/log.jsonl"))) == 2)
+    assert not ended(tmp_path)
+    process.kill()
+    process.join()
+    wait_for(lambda: ended(tmp_path))
+
+
+# Resuming
+
+@pytest.mark.parametrize("flags", [
+    "--stage prior --y pca:3 --augment 0.5 --views 2 --size 3000 --prior-images 800",
+    "--stage joint --embedder shapes --dropout 0.1 --augment 0.5 --images 200"])
+def test_killed_at_any_moment_a_run_goes_on_to_the_bit(flags, fit, tmp_path):
+    flags = [*flags.split(), "--save-minutes", 0]
+    whole = fit(*flags, runs="whole")
+    for _ in range(5):
+        process = start(train, *SHORT, *flags, cwd=tmp_path)
+        time.sleep(random.uniform(0, 1))
+        process.kill()
+        process.join()
+    assert same_training(fit(*flags), whole)
+    for path in tmp_path.glob("whole/shapes/*/*.rows"):
+        assert (tmp_path / "runs" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
+
+
+def test_ctrl_c_ends_in_one_sentence(tmp_path):
+    process = start(train, *SHORT, "--stage", "baseline", "--images", 10**5, cwd=tmp_path)
+    wait_for((tmp_path / "runs/shapes/baseline/log.jsonl").exists)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    said = (tmp_path / "output").read_text()
+    refused((process.exitcode, "", said), "the same command goes on")
+
+
+# What a stage learns from
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The x and conditions of all losses that are computed."""
+    calls = []
+    loss = twosdm.Denoiser.loss
+
+    def recorded(self, x, cond=None, augment=None):
+        calls.append((x, cond))
+        return loss(self, x, cond, augment)
+
+    monkeypatch.setattr(twosdm.Denoiser, "loss", recorded)
+    return calls
+
+
+@pytest.mark.parametrize("stage", ["prior", "image"])
+def test_every_epoch_shows_every_image_once_with_its_own_y_and_class(stage, fit, shown):
+    """In an order that depends on the seed and the epoch alone."""
+    flags = ["--stage", stage, "--a", "class", "--size", 12]
+    embedder = twosdm.unpack_embedder(fit(*flags)["embedder"])
+    fit(*flags, "--batch", 6, "--prior-batch", 6, runs="other")
+    fit(*flags, "--seed", 1, runs="another")
+    x = twosdm.to_float(twosdm.shapes_images(torch.arange(12), 8)).permute(0, 3, 1, 2)
+    y = embedder(x)
+    a = F.one_hot(twosdm.shapes_attributes(torch.arange(12))["shape"]).float()
+    known = y if stage == "prior" else x.flatten(1)
+    told = a if stage == "prior" else twosdm.join(y, a)
+    found = torch.cat([x.flatten(1) for x, _ in shown])
+    rows = torch.cdist(found, known).argmin(1)
+    assert (found - known[rows]).abs().max() < 1e-5
+    assert (torch.cat([cond for _, cond in shown]) - told[rows]).abs().max() < 1e-5
+    first, second, third = rows.reshape(3, 4, 12)
+    assert torch.equal(rows.reshape(12, 12).sort().values, torch.arange(12).expand(12, 12))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+    assert len(first.unique(dim=0)) == 4
+
+
+def loss_of_given_noise(denoiser, x, cond=None, augment=None):
+    """As `Denoiser.loss`, with sigma and eps that follow from x."""
+    sigma = 0.1 + x.flatten(1).mean(1).abs()
+    noisy = x + twosdm.per_example(sigma, x) * x.flip(3)
+    return (denoiser(noisy, sigma, cond, augment) - x).square().flatten(1).sum(1)
+
+
+def test_accumulation_has_the_gradient_of_the_whole_batch(fit, monkeypatch):
+    monkeypatch.setattr(twosdm.Denoiser, "loss", loss_of_given_noise)
+    gradients = []
+    for size in (8, 3):
+        checkpoint = fit("--stage", "image", "--images", 8, "--batch-gpu", size, runs=f"runs{size}")
+        moments = checkpoint["optimizer"]["state"].values()
+        gradients.append(torch.cat([moment["exp_avg"].flatten() for moment in moments]))
+    whole, parts = gradients
+    assert whole.norm() > 0
+    assert (parts - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_bf16_has_the_losses_of_float32_and_keeps_weights_and_y(fit, shown):
+    checkpoints = []
+    for precision in ("fp32", "bf16"):
+        checkpoints.append(fit("--stage", "image", "--images", 160, "--precision", precision, runs=precision))
+    fp32, bf16 = [np.array([line["loss"] for line in checkpoint["log"]]) for checkpoint in checkpoints]
+    assert np.abs(bf16 / fp32 - 1).max() < 0.01
+    assert (bf16 != fp32).any()
+    assert {tensor.dtype for tensor in checkpoints[1]["net"].values()} == {torch.float32}
+    for exact, rough in zip(shown[:20], shown[20:], strict=True):
+        assert same(dict(enumerate(exact)), dict(enumerate(rough)))
+
+
+def test_the_seed_changes_the_training_and_not_the_data(fit):
+    flags = ["--stage", "image", "--limit", 20, "--y", "kmeans:4"]
+    one = fit(*flags)
+    other = fit(*flags, "--seed", 1, runs="other")
+    for data in ("embedder", "class_counts"):
+        assert same(one[data], other[data])
+    assert one["identity"]["images"] == other["identity"]["images"]
+    assert not same(one["net"], other["net"])
+
+
+class MeanColor(nn.Module):
+    """(B, 3, H, W) -> (B, 3)."""
+    dim = 3
+
+    def __init__(self, weights=None):
+        super().__init__()
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def test_an_embedder_is_added_by_one_class_and_one_line(fit, monkeypatch):
+    monkeypatch.setitem(twosdm.EMBEDDERS, "color", MeanColor)
+    checkpoint = fit("--stage", "image", "--embedder", "color")
+    assert twosdm.load_denoiser(checkpoint).net.cond_dim == 3
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(twosdm.unpack_embedder(checkpoint["embedder"])(x), MeanColor()(x))
+
+
+def test_the_python_lines_of_the_readme_draw_a_picture(trained, monkeypatch):
+    lines, = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(trained)
+    exec(lines, {})
+    assert len(np.unique(picture("samples.png"))) > 100
+
+
+# Settings
+
+M = 1_000_000
+DDPMPP = dict(
+    resolution=64, augment=0.15, embedder="clip", y="all", a="none", prior_images=100 * M, prior_batch=256,
+    prior_lr=1e-4, prior_width=512, prior_depth=6, prior_heads=8, prior_predict="data", images=25 * M, batch=256,
+    lr=2e-4, arch="ddpm++", width=128, mults=(1, 2, 2, 2), blocks=4, attention=(16,), dropout=0.05,
+    lr_ramp=10 * M, ema_half_life=M // 2, ema_ramp=0.05, steps=40, churn=50.0)
+ADM = DDPMPP | dict(
+    augment=0.0, batch=128, lr=1e-4, arch="adm", width=192, mults=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8),
+    dropout=0.10)
+
+
+@pytest.mark.parametrize("dataset, settings", [
+    ("ffhq", DDPMPP),
+    ("afhq", DDPMPP | dict(dropout=0.25)),
+    ("cifar10", DDPMPP | dict(resolution=32, augment=0.12, a="class", images=200 * M, batch=512, lr=1e-3,
+                              mults=(2, 2, 2), dropout=0.13)),
+    ("imagenet", ADM),
+    ("imagenet-class", ADM | dict(a="class")),
+    ("imagenet-latent", ADM | dict(a="class", resolution=256, vae="stabilityai/sd-vae-ft-mse")),
+])
+def test_presets_have_the_numbers_of_the_paper_and_of_edm(dataset, settings):
+    assert vars(train.configure(dataset)).items() >= settings.items()
+
+
+@pytest.mark.parametrize("flags, words", [line.split(" -> ") for line in """
+--dataset nothing -> choose one of
+--dataset folder -> --data FOLDER
+--dataset afhq -> AFHQv2 data/afhq --data
+--stage nothing -> --stage
+--batch 0 -> --batch 0
+--images many -> --images
+--lr nan -> --lr
+--width 18 -> --width
+--resolution 9 -> --resolution 9
+--device abacus -> --device abacus
+--y banana -> pca:D kmeans:K
+--y pca:99 -> 48 dimensions
+--y kmeans:65 -> 64 images
+--y kmeans:4 --stage prior -> --y kmeans:4
+--y kmeans:4 --a class -> --a none
+--y none --y-dropout 0.1 -> --y-dropout
+--stage joint -> --embedder pixels
+""".strip().split("\n")])
+def test_settings_without_sense_get_one_sentence(flags, words, call, tmp_path):
+    refused(call(train, *SHORT, "--stage", "image", *flags.split(), cwd=tmp_path), *words.split())
+
+
+def test_a_run_keeps_the_settings_that_shape_it(fit, call, tmp_path):
+    flags = ["--stage", "image"]
+    fit(*flags)
+    for other in ("--batch 16", "--width 16", "--seed 1", "--limit 9", "--y-dropout 0.5", "--mults 1"):
+        refused(call(train, *SHORT, *flags, *other.split(), cwd=tmp_path), "--tag")
+    fit(*flags, "--images", 56, "--precision", "bf16", "--views", 7)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_saves(fit, call, tmp_path):
+    content = fit("--stage", "baseline")
+    for tensor in content["net"].values():
+        tensor.fill_(math.nan)
+    path = tmp_path / "runs/shapes/baseline/checkpoint.pt"
+    twosdm.save_checkpoint(path, **content)
+    before = path.read_bytes()
+    refused(call(train, *SHORT, "--stage", "baseline", "--images", 96, cwd=tmp_path), "not finite", "--lr")
+    assert path.read_bytes() == before
