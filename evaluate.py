@@ -18,11 +18,9 @@ reads images, and what sample.py says of them in settings.json.
 """
 import argparse
 import csv
-import io
 import json
 import math
 import re
-import statistics
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +55,7 @@ class RunningStats:
         self.outer += x.T @ x
 
     def result(self):
-        """-> mu (D,), sigma (D, D); the covariance divides by N - 1. Raises UserError if N < 2."""
-        if self.n < 2:
-            raise UserError(f"a covariance needs two images or more, got {self.n}: give more images")
+        """-> mu (D,), sigma (D, D); the covariance divides by N - 1."""
         mu = self.total / self.n
         sigma = (self.outer - self.n * mu.outer(mu)) / (self.n - 1)
         return mu, sigma
@@ -84,15 +80,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def inception_score(logits, splits=10):
     """exp of the mutual information of image and class: Salimans et al. 2016, Sec. 4.
 
-    (N, C) -> (mean, std) over splits of equal size, each score at least 1. Rows that are sorted by class
-    score far too low: shuffle them first.
+    (N, C) -> (mean, std) over splits of equal size, N or fewer, each score at least 1. Rows that are sorted
+    by class score far too low: shuffle them first.
     """
     logits = torch.as_tensor(logits).double()
-    N = len(logits)
-    assert N >= splits, "a score needs an image in each split"
-    cuts = [i * N // splits for i in range(1, splits)]
     scores = []
-    for part in logits.tensor_split(cuts):
+    for part in logits.tensor_split(splits):
         log_p = part.log_softmax(1)                                                       # (n, C)
         p = log_p.exp()
         marginal = p.mean(0)                                                              # (C,)
@@ -106,30 +99,23 @@ def inception_score(logits, splits=10):
 ROUNDING = 1e-12                  # below it, relative to |x|² + |y|², float64 cannot tell |x - y|² from 0
 
 
-def squared_norms(x):
-    """(N, D) -> (N,)"""
-    return torch.linalg.vector_norm(x, dim=1).square()
-
-
 def squared_distances(x, y):
     """(N, D), (M, D) float64 -> (N, M), by one matrix product; copies are at distance 0."""
-    scale = squared_norms(x)[:, None] + squared_norms(y)
+    scale = x.square().sum(1)[:, None] + y.square().sum(1)                                # (N, M)
     distances = torch.addmm(scale, x, y.T, alpha=-2)
     return distances.masked_fill(distances <= ROUNDING * scale, 0)
 
 
 def distance_blocks(x, y):
-    """The rows of `squared_distances`, as many at a time as fill 8 MB, which stay in the cache."""
-    for part in x.split(max(1, 2**20 // len(y))):
+    """The rows of `squared_distances`, a few at a time: of 10,000 and 50,000 images all are 4 GB."""
+    for part in x.split(64):
         yield squared_distances(part, y)
 
 
 def squared_radii(x, k):
     """(N, D) -> (N,): the squared distance of each row to its k-th nearest other row."""
     # The nearest of all, at distance 0, is the row itself.
-    radii = torch.cat([distances.kthvalue(k + 1).values for distances in distance_blocks(x, x)])
-    # On the rim is inside, however the distance to it is rounded.
-    return radii + ROUNDING * (radii + squared_norms(x))
+    return torch.cat([distances.kthvalue(k + 1).values for distances in distance_blocks(x, x)])
 
 
 def covered(x, centers, radii):
@@ -148,8 +134,7 @@ def precision_recall(real, fake, k=3):
     real = torch.as_tensor(real).double()
     fake = torch.as_tensor(fake).double()
     if min(len(real), len(fake)) <= k:
-        raise UserError(f"precision and recall need more than {k} images on both sides, got {len(real)} real "
-                        f"and {len(fake)} generated ones: give more")
+        raise UserError(f"precision and recall need more than {k} images, got {len(real)} and {len(fake)}")
     precision = covered(fake, real, squared_radii(real, k))
     recall = covered(real, fake, squared_radii(fake, k))
     return precision, recall
@@ -159,7 +144,7 @@ def nearest(queries, gallery, k=1):
     """The k nearest rows of the gallery for each query: (Q, D), (G, D) -> distances, indices (Q, k), sorted.
 
     The gallery may also be an iterable of chunks (n, D), each seen once: a data set need not fit in memory.
-    Raises UserError if it has fewer than k rows.
+    If it has fewer than k rows, the other distances are infinite.
     """
     queries = torch.as_tensor(queries).double()
     if hasattr(gallery, "shape"):
@@ -174,8 +159,6 @@ def nearest(queries, gallery, k=1):
         best, order = torch.cat([best, distances], dim=1).topk(k, largest=False)
         index = index.gather(1, order)
         seen += len(chunk)
-    if seen < k:
-        raise UserError(f"{k} nearest neighbors need {k} images to search, got {seen}")
     return best.sqrt().cpu().numpy(), index.cpu().numpy()
 
 
@@ -188,28 +171,22 @@ ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 LPIPS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/alex.pth"
 
 
-def load_public(net, path, url, name):
-    """Loads a public file of weights into a network -> the file's name, the first 8 digits of its sha256.
+def load_public(net, path, url):
+    """Loads a public file of weights into a network -> the first 8 digits of the file's sha256.
 
-    path: where it is; None: as `name`, which ends in these digits, in PyTorch's cache, or else downloaded.
-    Raises UserError.
+    path: where it is; None: in PyTorch's cache, or else downloaded to there. Raises UserError.
     """
-    if path is None:
-        path = Path(torch.hub.get_dir(), "checkpoints", name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if not path.exists():
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem[-8:])
-        except (OSError, RuntimeError) as error:              # no connection; another file than expected
-            raise UserError(f"{name} cannot be downloaded ({one_line(error)}): fetch {url} on another "
-                            f"machine and save it as {path}") from error
     try:
-        content = Path(path).read_bytes()
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if path is None:
+            path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+            # Downloads what is not there; a name that ends in digits of the hash is checked.
+            torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict(dict(state))                      # strict: every name and shape must fit
-    except Exception as error:                                # other files fail in any way they like
-        raise UserError(f"{path} is missing, damaged or not {name}: fetch {url}") from error
-    return f"{Path(path).name} {twosdm.hash_of(content)[:8]}"
+    except Exception as error:                                # no connection; files fail in any way they like
+        raise UserError(f"{path} is missing, damaged or another file ({one_line(error)}): fetch {url} and "
+                        f"save it as {path}") from error
+    return twosdm.hash_of(Path(path).read_bytes())[:8]
 
 
 def tf1_resize(images, size=299):
@@ -254,27 +231,23 @@ class InceptionFeatures(nn.Module):
     weights: the path of the public file; None downloads it. Raises UserError.
     """
     name = "inception"
-    dims = dict(pool=2048, spatial=2023)                      # of what is compared as a Gaussian
-    kept = ["pool", "logits"]                                 # for what needs each image's
-    resize = "TF1 bilinear to 299"
 
     def __init__(self, weights=None):
         super().__init__()
         self.net = torchvision.models.Inception3(
             num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
         self.net.Mixed_7c = LastBlock(2048)
-        self.weights = load_public(self.net, weights, INCEPTION, Path(INCEPTION).name)
+        self.weights = load_public(self.net, weights, INCEPTION)
         self.net.fc.bias.data.zero_()
         for block in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
             pooled = self.net.get_submodule(f"Mixed_{block}.branch_pool")
             pooled.register_forward_pre_hook(average_inside)
-        self.net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.eval().requires_grad_(False)
 
     def forward(self, images):
         with twosdm.full_float32(images.device):
             x = to_uint8(images).float()                                                  # (N, 3, H, W)
             x = (tf1_resize(x) - 128) / 128                                               # (N, 3, 299, 299)
-            x = x.contiguous(memory_format=torch.channels_last)
             for name, layer in self.net.named_children():
                 if name == "fc":
                     x = x.flatten(1)
@@ -292,9 +265,6 @@ class PixelFeatures(nn.Module):
     pool     (N, 192)    the image at 8 x 8 pixels, each the mean of its box, in [0, 1]
     """
     name = "pixels"
-    dims = dict(pool=192)
-    kept = ["pool"]
-    resize = "box filter to 8"
     weights = "none"
 
     def forward(self, images):
@@ -310,9 +280,6 @@ class WorldFeatures(twosdm.ConvNet):
     embedder's, but independent of it: other images, labels instead of captions.
     """
     name = "world"
-    dims = dict(pool=64, spatial=448)
-    kept = ["pool", "logits"]
-    resize = "none"
 
     def __init__(self):
         super().__init__(sum(ATTRIBUTES.values()), width=16)
@@ -323,17 +290,17 @@ class WorldFeatures(twosdm.ConvNet):
         pool = self.hidden(last)                                                          # (N, 64)
         joint = torch.zeros_like(pool[:, :1])
         for logits in self.out(pool).split(list(ATTRIBUTES.values()), dim=1):
-            # log p of independent attributes adds up.
-            joint = (joint[:, :, None] + logits.log_softmax(1)[:, None]).flatten(1)
+            # Logits add up: the softmax of all sums is the product of the softmaxes.
+            joint = (joint[:, :, None] + logits[:, None]).flatten(1)
         return dict(pool=pool, spatial=last[:, :28].flatten(1), logits=joint)
 
 
-def train_classifier(resolution, steps=300, batch=128):
+def train_classifier(resolution, batch=128):
     """The weights of `WorldFeatures` for images of a resolution, always the same: 10 seconds."""
     torch.manual_seed(0)
     net = WorldFeatures()
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-    for step in progress(range(steps), "the world's classifier", unit=" steps"):
+    for step in range(300):
         index = 10**9 + batch * step + torch.arange(batch)    # far from any training set
         target = torch.zeros_like(index)
         for name, values in twosdm.shapes_attributes(index).items():
@@ -354,12 +321,10 @@ def make_features(args, resolution):
     torch.set_num_threads(1)                                  # with so little to do, two wait for each other
     if kind == "pixels":
         return PixelFeatures()
-    if args.dataset != "shapes":
-        raise UserError("--features world knows the embedded world alone: give pixels or inception")
     path = Path(args.samples, args.dataset, f"features/classifier-{resolution}.pt")
     network = WorldFeatures()
     network.load_state_dict(twosdm.cached(path, lambda: train_classifier(resolution)))
-    network.weights = f"{path.name} {twosdm.fingerprint(network)[:8]}"
+    network.weights = twosdm.fingerprint(network)[:8]
     return network.requires_grad_(False)
 
 
@@ -375,31 +340,29 @@ class Lpips(nn.Module):
         super().__init__()
         linear_path, trunk_path = weights or (None, None)
         alexnet = torchvision.models.alexnet()
-        linear = {}                                           # named as in the public file
-        for i, channels in enumerate(self.taps.values()):
+        self.linear = nn.Module()
+        for i, channels in enumerate(self.taps.values()):     # named as in the public file
             layers = nn.Sequential(nn.Dropout(), nn.Conv2d(channels, 1, 1, bias=False))
-            linear[f"lin{i}"] = nn.ModuleDict({"model": layers})
-        self.linear = nn.ModuleDict(linear)
-        load_public(alexnet, trunk_path, ALEXNET, Path(ALEXNET).name)
-        load_public(self.linear, linear_path, LPIPS, "lpips-v0.1-alex-df73285e.pth")
+            self.linear.add_module(f"lin{i}", nn.ModuleDict({"model": layers}))
+        load_public(alexnet, trunk_path, ALEXNET)
+        load_public(self.linear, linear_path, LPIPS)
         self.trunk = alexnet.features[:12]                    # the rest would fail at 32 pixels
-        # The mean and deviation of ImageNet's pixels, for the range [-1, 1].
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
         self.eval().requires_grad_(False)
 
     def embed(self, x):
         """(N, 3, H, W) -> (N, M): each layer's features, of unit length per pixel, times sqrt(w / (h w))."""
-        layers = iter(self.linear.values())
+        layers = self.linear.children()
         parts = []
-        with twosdm.full_float32(x.device):
-            x = (x - self.shift) / self.scale
-            for i, layer in enumerate(self.trunk):
-                x = layer(x)                                                              # (N, C, h, w)
-                if i in self.taps:
-                    weight = next(layers)["model"][1].weight                              # (1, C, 1, 1)
-                    unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
-                    parts.append((unit * (weight / x[0, 0].numel()).sqrt()).flatten(1))
+        # The mean and deviation of ImageNet's pixels, for the range [-1, 1].
+        mean = x.new_tensor([-0.030, -0.088, -0.188])
+        deviation = x.new_tensor([0.458, 0.448, 0.450])
+        x = (x - mean[:, None, None]) / deviation[:, None, None]
+        for i, layer in enumerate(self.trunk):
+            x = layer(x)                                                                  # (N, C, h, w)
+            if i in self.taps:
+                weight = next(layers)["model"][1].weight                                  # (1, C, 1, 1)
+                unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+                parts.append((unit * (weight / x[0, 0].numel()).sqrt()).flatten(1))
         return torch.cat(parts, dim=1)
 
     def forward(self, a, b):
@@ -417,23 +380,22 @@ class Samples:
     settings: dict
 
 
-def open_images(path, flag):
+def read_npz(path):
+    """-> {name: array} of an .npz. Raises UserError."""
+    try:
+        return dict(np.load(path))
+    except (OSError, ValueError, zipfile.BadZipFile) as error:            # ValueError: not only numbers
+        raise UserError(f"{path} is missing, damaged or not an .npz of arrays: give another") from error
+
+
+def open_images(path):
     """A folder or zip of equal squares, read when they are looked at, or arr_0 of an .npz -> Images."""
-    path = str(path)
-    if not Path(path).is_dir() and not zipfile.is_zipfile(path):
-        raise UserError(f"{flag} {path} is missing or damaged: give a folder or zip of images, or an .npz")
-    if not path.endswith(".npz"):
+    if not str(path).endswith(".npz"):
         files = twosdm.ImageFiles(path)
         return Images(files.key, files)
-    try:
-        pixels = np.load(path)["arr_0"]
-        N, height, width, channels = pixels.shape
-        fits = height == width and channels == 3 and pixels.dtype == np.uint8
-    except (KeyError, ValueError):                            # of another name; of several sizes
-        fits = False
-    if not fits:
-        raise UserError(f"{flag} {path} needs images in arr_0, uint8 (N, R, R, 3); statistics, mu and sigma, "
-                        f"are for --reference alone")
+    pixels = read_npz(path).get("arr_0", np.empty(0))
+    if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,):
+        raise UserError(f"{path} needs images in arr_0, uint8 (N, R, R, 3): statistics serve FID alone")
     return Images(twosdm.hash_of(pixels), pixels)
 
 
@@ -448,20 +410,15 @@ def read_settings(folder):
 def find_samples(args):
     """-> list of Samples: --images, or all folders that sample.py has filled with independent images."""
     folder = Path(args.samples, args.dataset)
-    paths = args.images or []
-    if not args.images:
-        drawn = sorted(file.parent for file in folder.glob("*/settings.json"))
-        drawn = [path for path in drawn if read_settings(path)["columns"] == 1]
-        if not drawn:
-            raise UserError(f"{folder} has no samples: run python sample.py --dataset {args.dataset} first")
-        usual = statistics.mode([read_settings(path)["images"] for path in drawn])
-        for path in drawn:
-            if read_settings(path)["images"] == usual:
-                paths.append(path)
-            else:
-                print(f"{path} is left out, as its model has seen other training images: give it as --images")
-    return [Samples(Path(path).absolute().name, open_images(path, "--images"), read_settings(path))
-            for path in paths]
+    drawn = sorted(file.parent for file in folder.glob("*/settings.json"))
+    sets = []
+    for path in args.images or drawn:
+        settings = read_settings(path)
+        if args.images or settings["columns"] == 1:
+            sets.append(Samples(Path(path).name, open_images(path), settings))
+    if not sets:
+        raise UserError(f"{folder} has no samples: run python sample.py --dataset {args.dataset} first")
+    return sets
 
 
 def find_config(sets, args):
@@ -476,26 +433,33 @@ def find_config(sets, args):
 
 
 def find_reference(args, config):
-    """-> Images to compare with: --reference's or the training images; None if they are statistics alone."""
-    path = args.reference
-    if path and path.endswith(".npz") and zipfile.is_zipfile(path):
-        names = set(np.load(path))
-        if {"mu", "sigma"} <= names and "arr_0" not in names:
-            return None
-    if path:
-        return open_images(path, "--reference")
-    if config is None:
-        raise UserError("--images are compared with what? Add --reference FOLDER, ZIP or .npz")
-    return twosdm.load_images(config)
+    """What to compare with, --reference's or the training images -> Images, or None; {statistic: tensor}.
+
+    EDM's files have statistics alone, mu and sigma; OpenAI's have mu_s and sigma_s too, of a whole data set,
+    and images for precision and recall.
+    """
+    if args.reference is None:
+        if config is None:
+            raise UserError("--images are compared with what? Add --reference FOLDER, ZIP or .npz")
+        return twosdm.load_images(config), {}
+    statistics = {}
+    if args.reference.endswith(".npz"):
+        arrays = read_npz(args.reference)
+        statistics = {name: torch.from_numpy(x) for name, x in arrays.items() if name != "arr_0"}
+        if "mu" in arrays and "arr_0" not in arrays and not args.nearest:
+            return None, statistics
+    return open_images(args.reference), statistics
 
 
-def check_sizes(sets, real):
-    """UserError unless all images are of one size: resized ones would have other values."""
-    sizes = {samples.name: samples.images.resolution for samples in sets}
-    if real is not None:
-        sizes["the reference"] = real.resolution
-    if len(set(sizes.values())) > 1:
-        raise UserError(f"these images differ in size, and nothing is resized here: {sizes}")
+def check_comparable(sets, real, args):
+    """Raises UserError unless all images are of one size, and all models have seen the same images."""
+    for samples in sets:
+        if samples.images.resolution != real.resolution:      # resized images would have other values
+            raise UserError(f"{samples.name} and the reference differ in size, and nothing is resized here")
+        seen = samples.settings.get("images", "none")         # "none": others' images, or networks
+        if args.reference is None and seen not in ("none", real.name):
+            raise UserError(f"{samples.name} is of a model that has seen other training images: evaluate it "
+                            f"alone, by --images, or give a --reference")
 
 
 # ============================================================================================================
@@ -508,13 +472,13 @@ IS_BLOCK = 5000
 REAL_ROWS = 10_000                                            # at most so many enter precision and recall,
 FAKE_ROWS = 50_000                                            # and of the samples also the Inception Score
 BATCH = 64
-# The names that OpenAI's files have for the mean and covariance of these features.
-GAUSSIANS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+# OpenAI's files name the mean and covariance of these features mu and sigma, or mu_s and sigma_s.
+GAUSSIANS = {"pool": "", "spatial": "_s"}
 
 
-def batches(n, what):
-    """Row numbers 0, ..., n - 1, BATCH at a time, with a progress bar."""
-    return progress(np.split(np.arange(n), range(BATCH, n, BATCH)), what, unit=" batches")
+def batches(rows, what):
+    """Row numbers, BATCH at a time, with a progress bar."""
+    return progress(np.split(rows, range(BATCH, len(rows), BATCH)), what, unit=" batches")
 
 
 def features(images, network, folder, device, most):
@@ -524,83 +488,57 @@ def features(images, network, folder, device, most):
     and pool and logits of `most` images drawn at random; of what the network makes.
     """
     def compute():
-        chosen = np.zeros(len(images), bool)                  # at random, as files may be sorted by class
-        chosen[np.random.RandomState(0).permutation(len(images))[:most]] = True
-        stats = {name: RunningStats() for name in network.dims}
-        kept = {name: [] for name in network.kept}
-        for rows in batches(len(images), f"{network.name} features"):
-            out = network(images.batch(rows, device))
-            for name in stats:
-                stats[name].update(out[name])
-            for name in kept:
-                kept[name].append(out[name][chosen[rows]])
-        result = {name: torch.cat(parts) for name, parts in kept.items()}
+        order = np.random.RandomState(0).permutation(len(images))         # files may be sorted by class
+        stats = {}
+        kept = {}
+        for rows in batches(order, f"{network.name} features"):
+            for name, x in network(images.batch(rows, device)).items():
+                if name in GAUSSIANS:
+                    stats.setdefault(name, RunningStats()).update(x)
+                parts = kept.setdefault(name, [])
+                if name != "spatial" and len(parts) * BATCH < most:       # only sFID is of these
+                    parts.append(x)
+        result = {name: torch.cat(parts)[:most] for name, parts in kept.items() if parts}
         for name in stats:
-            mu, sigma = GAUSSIANS[name]
-            result[mu], result[sigma] = stats[name].result()
+            mu, sigma = stats[name].result()
+            result["mu" + GAUSSIANS[name]] = mu
+            result["sigma" + GAUSSIANS[name]] = sigma
         return result
 
-    weights = network.weights.split()[-1]
-    path = folder / f"{images.name}-{len(images)}-{network.name}-{weights}-{most}.pt"
+    path = folder / f"{images.name}-{len(images)}-{network.name}-{network.weights}-{most}.pt"
     return {name: x.to(device) for name, x in twosdm.cached(path, compute).items()}
-
-
-def read_statistics(path, network, device):
-    """The statistics in an .npz, EDM's (mu, sigma) or OpenAI's (also mu_s, sigma_s); {} of images alone."""
-    found = {}
-    if path and path.endswith(".npz"):
-        file = np.load(path)
-        for name, dims in network.dims.items():
-            for key, shape in zip(GAUSSIANS[name], [(dims,), (dims, dims)]):
-                if key in file:
-                    found[key] = torch.from_numpy(file[key]).to(device)
-                    if found[key].shape != shape or not found[key].isfinite().all():
-                        raise UserError(f"{key} in {path} is not finite, or not of the {dims} features "
-                                        f"{network.name}: give another file, or images")
-    return found
 
 
 def score(real, fake):
     """Two sets as `features` gives them -> {metric: value}, of what can be had of these."""
-    values = {}
-    for name, (mu, sigma) in dict(fid=GAUSSIANS["pool"], sfid=GAUSSIANS["spatial"]).items():
-        if mu in real:
-            values[name] = frechet_distance(real[mu], real[sigma], fake[mu], fake[sigma])
+    if real["mu"].shape != fake["mu"].shape:
+        raise UserError("the statistics in --reference are not of these --features: give images, or others")
+    values = dict(fid=frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"]))
+    if "mu_s" in real and "mu_s" in fake:
+        values["sfid"] = frechet_distance(real["mu_s"], real["sigma_s"], fake["mu_s"], fake["sigma_s"])
     if "logits" in fake:
-        order = np.random.RandomState(0).permutation(len(fake["logits"]))
-        blocks = fake["logits"][order].split(IS_BLOCK)
-        scores = [inception_score(block, splits=1)[0] for block in blocks]
-        values["is"] = float(np.mean(scores))
-        values["is_std"] = float(np.std(scores))
+        splits = math.ceil(len(fake["logits"]) / IS_BLOCK)
+        values["is"], values["is_std"] = inception_score(fake["logits"], splits)
     if "pool" in real:
         values["precision"], values["recall"] = precision_recall(real["pool"], fake["pool"], BALL_NEIGHBORS)
     return values
 
 
-def measure(sets, real, args, device):
+def measure(sets, real, statistics, args, device):
     """Yields each of the sets and its metrics, with the protocol without which they mean nothing."""
     folder = Path(args.samples, args.dataset, "features")
-    resolution = sets[0].images.resolution
-    network = make_features(args, resolution).to(device)
-    known = read_statistics(args.reference, network, device)
+    network = make_features(args, sets[0].images.resolution).to(device)
+    known = {name: x.to(device) for name, x in statistics.items()}
     if real is not None:
-        # OpenAI's files have the statistics of a whole data set, and images for precision and recall alone.
         known = features(real, network, folder, device, REAL_ROWS) | known
-    protocol = dict(
-        reference=args.reference or TRAINING,
-        n_real=None if real is None else len(real),
-        features=network.name,
-        weights=network.weights,
-        resolution=resolution,
-        resize=network.resize,
-        k=BALL_NEIGHBORS,
-        is_block=IS_BLOCK)
     for samples in sets:
-        n = len(samples.images)
-        if n <= network.dims["pool"]:
-            print(f"{samples.name} has fewer images than features: its FID is biased upward")
         values = score(known, features(samples.images, network, folder, device, FAKE_ROWS))
-        yield samples, dict(n=n, **values), protocol
+        protocol = dict(
+            weights=network.weights,
+            resolution=samples.images.resolution,
+            k=BALL_NEIGHBORS,
+            is_block=IS_BLOCK)
+        yield samples, network.name, dict(n=len(samples.images), **values), protocol
 
 
 # ============================================================================================================
@@ -609,29 +547,28 @@ def measure(sets, real, args, device):
 NEIGHBORS = 3                                                 # that a picture shows of each sample
 
 
-def similarity(args, config, resolution, device):
-    """--nearest -> embed, (B, 3, R, R) in [-1, 1] -> (B, D), and the power of distances that it is about."""
+def make_embedding(args, config, device):
+    """--nearest -> embed, (B, 3, R, R) in [-1, 1] -> (B, D)."""
     if args.nearest == "pixels":
-        return flat_pixels, 1
+        return nn.Flatten()
     if args.nearest == "lpips":
-        if resolution < 31:
-            raise UserError("LPIPS needs images of 31x31 or more: give --nearest clip or pixels")
-        return Lpips(args.lpips_weights).to(device).embed, 2
-    name = "clip"
-    weights = "openai"
-    if config is not None and config.embedder != "pixels":    # the run's own: another file, or the world's
-        name = config.embedder
-        weights = twosdm.embedder_weights(config)
-    clip = twosdm.Embedder(name, weights).to(device)
+        return Lpips(args.lpips_weights).to(device).embed
+    if config is None:                                        # else the model's own, such as the world's
+        config = SimpleNamespace(embedder="clip", embedder_weights="openai")
+    clip = twosdm.Embedder(config.embedder, twosdm.embedder_weights(config)).to(device)
 
     def embed(x):
         return F.normalize(clip(x)) / math.sqrt(2)            # of these, |u - v|² = 1 - cos
 
-    return embed, 2
+    return embed
 
 
-def flat_pixels(x):
-    return x.flatten(1) / 2                                   # distances are those of pixels in [0, 1]
+def neighbor_rows(images, rows, real, neighbors):
+    """(n,), (n, K) -> (n (1 + K), R, R, 3): each of these images and its nearest of the real ones."""
+    parts = []
+    for row, near in zip(rows, neighbors):
+        parts += [images.pixels[[row]], real.pixels[near]]
+    return np.concatenate(parts)
 
 
 def measure_distances(sets, real, args, config, device):
@@ -639,268 +576,235 @@ def measure_distances(sets, real, args, config, device):
 
     copies: the share of samples that are nearer than 95 % of training images are to another one.
     """
-    if real is None:
-        raise UserError(f"--nearest needs images, and {args.reference} has statistics alone: give images")
-    embed, power = similarity(args, config, real.resolution, device)
+    embed = make_embedding(args, config, device)
     sets = [Samples(TRAINING, real, {}), *sets]
     chosen = [np.random.RandomState(0).permutation(len(samples.images))[:args.n] for samples in sets]
     queries = [embed(samples.images.batch(rows, device)) for samples, rows in zip(sets, chosen)]
-    gallery = (embed(real.batch(rows, device)) for rows in batches(len(real), TRAINING))
-    distances, neighbors = nearest(torch.cat(queries), gallery, min(NEIGHBORS + 5, len(real)))
+    gallery = (embed(real.batch(rows, device)) for rows in batches(np.arange(len(real)), TRAINING))
+    distances, neighbors = nearest(torch.cat(queries), gallery, NEIGHBORS + 5)
+    if args.nearest == "pixels":
+        distances = distances / 2                             # those of pixels in [0, 1]
+    else:
+        distances = distances**2                              # as are LPIPS and 1 - cos
     ends = np.cumsum([len(rows) for rows in chosen])[:-1]
-    distances = np.split(distances**power, ends)                          # (n, K) of each set
+    distances = np.split(distances, ends)                                 # (n, K) of each set
     neighbors = np.split(neighbors[:, :NEIGHBORS], ends)
     # The black curve: the smallest distance of training images to each other that is not zero, as is that to
     # themselves and their copies, up to rounding.
     own = distances[0]
     own[own <= 1e-6 * np.median(own)] = math.inf
-    curves = {}
+    smallest = [near.min(axis=1) for near in distances]                   # (n,) of each set
+    usual = np.quantile(smallest[0], 0.05)
+    edges = np.histogram_bin_edges(np.concatenate(smallest), 20)
     path = Path(args.samples, args.dataset, f"nearest-{args.nearest}")
-    for samples, rows, near, found in zip(sets, chosen, distances, neighbors):
-        smallest = near.min(axis=1)                                                       # (n,)
-        if samples.images is real:
-            smallest = smallest[np.isfinite(smallest)]
-        if len(smallest):                                     # a single training image has no other
-            curves[samples.name] = smallest
+    shares = {}
+    for samples, rows, found, near in zip(sets, chosen, neighbors, smallest):
+        counts, _ = np.histogram(near, edges)
+        for x, count in zip(edges, counts):
+            shares[samples.name, x] = [count / len(near)]
         if samples.images is real:
             continue
-        pictures = {}
-        shown = {
-            "samples, their nearest training images": np.arange(len(rows))[:8],
-            "the samples that are nearest": smallest.argsort()[:8]
+        first = near.argsort()[:8]
+        pictures = {
+            "samples, their nearest training images":
+                neighbor_rows(samples.images, rows[:8], real, found[:8]),
+            "the samples that are nearest":
+                neighbor_rows(samples.images, rows[first], real, found[first])
         }
-        for title, order in shown.items():
-            columns = [real.pixels[column] for column in found[order].T]
-            columns.insert(0, samples.images.pixels[rows[order]])         # (8, R, R, 3) each
-            pictures[title] = np.concatenate(np.stack(columns, axis=1))
-        twosdm.save_picture(f"{path}-{samples.name}.png", twosdm.titled(pictures, len(columns)))
-        values = dict(n=len(rows), smallest=float(smallest.min()), median=float(np.median(smallest)))
-        if TRAINING in curves:
-            values["copies"] = float(np.mean(smallest <= np.quantile(curves[TRAINING], 0.05)))
-        protocol = dict(features=args.nearest, reference=args.reference or TRAINING, n_real=len(real))
-        yield samples, values, protocol
-    edges = np.histogram_bin_edges(np.concatenate(list(curves.values())), 20)
-    shares = {}
-    for name, smallest in curves.items():
-        counts, _ = np.histogram(smallest, edges)
-        shares[name] = {x: [count / len(smallest)] for x, count in zip(edges, counts)}
-    save_curves(path, {"": shares}, f"distance ({args.nearest})", "share", drawstyle="steps-post")
+        twosdm.save_picture(f"{path}-{samples.name}.png", twosdm.titled(pictures, 1 + NEIGHBORS))
+        copies = float(np.mean(near <= usual))
+        yield samples, args.nearest, dict(n=len(rows), copies=copies), {}
+    save_curves(path, shares, f"distance ({args.nearest})", "share", drawstyle="steps-post")
 
 
 # ============================================================================================================
 # 6 Tables and figures
 # ============================================================================================================
-DIGITS = {                                                    # of the columns of tables
-    "is": 1, "precision": 3, "recall": 3, "fid": 3, "sfid": 2,            # Tables 1 and 4
-    "gain": 1, "ratio": 1                                                 # Table 3, in percent
+DECIMALS = {                                                  # of the columns of tables
+    "fid": 2, "sfid": 2, "is": 1,                                         # Tables 1 and 4
+    "precision": 3, "recall": 3,
+    "gain": 1, "ratio": 1,                                                # Table 3, in percent
+    "copies": 3                                                           # of --nearest
 }
+ORDER = {"real": 0, "2sdm": 1, "oracle": 2, "baseline": 3, "joint": 4}    # of the rows of tables
 
 
 def append_row(path, row):
-    """Adds a line to results.jsonl. It begins with the line break, as the last one may have been cut off."""
-    start = "\n" if path.exists() else ""
-    with open(path, "a") as file:
-        file.write(start + json.dumps(row, allow_nan=False))
+    """Adds a line to results.jsonl, below one that a killed process did not finish."""
+    with open(path, "a+") as file:
+        file.seek(0)
+        known = file.read()
+        if known and not known.endswith("\n"):
+            file.write("\n")
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def key_of(row):
+    """-> (group, name, seed of training). Only rows of one group can be compared with each other."""
+    protocol = row["protocol"]
+    features = f"{row['features']} {protocol.get('weights', '')}"
+    group = f"{row['dataset']}, {features}, {row['n']} images, {protocol['reference']}"
+    return group, row["name"], row["settings"].get("train_seed")
 
 
 def read_results(paths):
-    """results.jsonl of one or more training runs -> {(group, name, run): row}.
+    """results.jsonl of one or more training runs -> {key: row}; of repeated evaluations the last one counts.
 
-    Rows of one group can be compared: (data set, features, images, reference). A run is a file and a seed of
-    training; of its repeated evaluations the last one counts. Raises UserError.
+    Raises UserError.
     """
     rows = {}
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"{path} does not exist: run evaluate.py without --tables and --figure first")
-        for line in Path(path).read_text(errors="replace").splitlines():
+        for line in Path(path).read_text().splitlines():
             try:
                 row = json.loads(line)
             except ValueError:                                # a killed process did not finish it
                 continue
             if "fid" in row:
-                protocol = row["protocol"]
-                features = protocol["features"] + " " + protocol["weights"].split()[-1]
-                group = row["dataset"], features, row["n"], protocol["reference"]
-                run = str(path), row["settings"].get("train_seed")
-                rows[group, row["name"], run] = row
+                rows[key_of(row)] = row
     return rows
 
 
-def deviation(values):
-    """Over training runs: the standard deviation (ddof 1); 0 of a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+def rounded(x, decimals):
+    """A number as text, of at most 4 significant digits."""
+    whole = len(str(int(abs(x))))
+    return f"{x:.{min(decimals, max(0, 4 - whole))}f}"
 
 
-def spread(rows, column, digits):
-    """The values of a column -> "mean ± deviation"; a single one stands alone."""
+def spread(rows, column, decimals):
+    """The values of a column -> "mean ± standard deviation (ddof 1)"; a single one stands alone."""
     values = [row[column] for row in rows if column in row]
     if not values:
         return "–"
-    text = f"{np.mean(values):.{digits}f}"
+    text = rounded(np.mean(values), decimals)
     if len(values) > 1:
-        text += f" ± {deviation(values):.{digits}f}"
+        text += f" ± {rounded(np.std(values, ddof=1), decimals)}"
     return text
 
 
 def table(rows):
-    """Tables 1, 3, 4 and 5 in one, as Markdown: means and deviations over training runs.
+    """{key: row} -> Tables 1, 3, 4 and 5 in one, as Markdown: means and deviations over training runs.
 
-    gain: by how much FID is lower than EDM's with the same flags; ratio: that divided by the oracle's gain.
+    gain: by how much FID is lower than that of EDM, the folder `baseline` of the same group and seed;
+    ratio: that divided by the gain of the folder `oracle`.
     """
-    digits = dict(DIGITS)
+    decimals = dict(DECIMALS)
     methods = {}
-    for (group, name, run), row in rows.items():
-        if row["settings"].get("snapshot"):                   # of Fig. 5
-            continue
-        methods.setdefault((*group, name), []).append(row)
-        edm = rows.get((group, name.replace(row["method"], "baseline"), run), row)
-        oracle = rows.get((group, name.replace(row["method"], "oracle"), run), edm)
-        if edm is not row:
+    for (group, name, seed), row in rows.items():
+        edm = rows.get((group, "baseline", seed), row)
+        oracle = rows.get((group, "oracle", seed), row)
+        if "fid" in row and edm is not row:
             row["gain"] = 100 * (1 - row["fid"] / edm["fid"])
-            if oracle is not edm:
+            if oracle is not row:
                 row["ratio"] = 100 * (edm["fid"] - row["fid"]) / (edm["fid"] - oracle["fid"])
         timing = row["settings"].get("timing")
         if timing:                                            # without these two a time means nothing
             column = f"ms per image, batch {timing['batch']}, {timing['device']}"
             row[column] = timing["ms_per_image"]
-            digits[column] = 1
-    lines = [["data set", "features", "images", "reference", "method", "runs", *digits]]
-    for names, runs in methods.items():
-        cells = [spread(runs, column, digits[column]) for column in digits]
-        lines.append([*names, len(runs), *cells])
-    return markdown(lines)
-
-
-def markdown(lines):
-    """Lists of cells, the first of which is the head -> a table."""
-    text = ["| " + " | ".join(map(str, cells)) + " |" for cells in lines]
-    text.insert(1, "|---" * len(lines[0]) + "|")
-    return "\n".join(text)
-
-
-def place_in_figure(number, row):
-    """Of Fig. 4 or 5 -> the curve that a row belongs to, or None, and its place x."""
-    settings = row["settings"]
-    if not settings:                                          # real images, or others'
-        return None, 0
-    seen = settings["images_seen"]
-    curve = re.sub(r"-snapshot-\d+", "", row["name"])
-    if number == 5:
-        return curve, seen
-    if row["method"] not in ("oracle", "baseline"):
-        return None, 0
-    # The whole of y belongs to the curve of PCA; without any, the model is EDM.
-    kind = "kmeans" if settings["y"].startswith("kmeans") else "pca"
-    flags = re.sub(r"^(oracle|baseline)|-y=\w+", "", curve)
-    x = settings["y_dim"] if row["method"] == "oracle" else 0
-    return f"{kind}{flags}, {seen:,} images seen", x
+            decimals[column] = 1
+        place = ORDER.get(row["method"], 5)
+        methods.setdefault((group, place, name), []).append(row)
+    columns = [column for column in decimals if any(column in row for row in rows.values())]
+    lines = [["evaluation", "method", "runs", *columns]]
+    lines.append(["---"] * len(lines[0]))
+    for (group, _, name), runs in sorted(methods.items()):
+        cells = [spread(runs, column, decimals[column]) for column in columns]
+        lines.append([group, name, str(len(runs)), *cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def write_figure(number, rows, path):
-    """Fig. 4: FID of the oracle against the dimension of y. Fig. 5: FID against images seen in training."""
-    panels = {}
-    for (group, _, _), row in rows.items():
-        curve, x = place_in_figure(number, row)
-        if curve is not None:
-            curves = panels.setdefault("{}, {}, {} images, {}".format(*group), {})
-            curves.setdefault(curve, {}).setdefault(x, []).append(row["fid"])
-    if not panels:
-        raise UserError(f"no evaluation belongs to Fig. {number} yet: draw with sample.py --method oracle "
-                        f"--y pca:8 (Fig. 4) or --snapshots (Fig. 5), and evaluate")
-    if number == 4:
-        save_curves(path, panels, "dimensions or clusters of y", "FID", xscale="symlog", yscale="log")
-    else:
-        save_curves(path, panels, "images seen in training", "FID", yscale="log")
+    """Fig. 4: FID of the oracle against the dimension of y. Fig. 5: FID against images seen in training.
+
+    A curve is of one group of rows, which can be compared.
+    """
+    points = {}
+    for (group, name, _), row in rows.items():
+        settings = row["settings"]
+        if number == 4 and row["method"] in ("oracle", "baseline"):
+            # The whole of y ends the curve of PCA; without any, where it begins, the model is EDM.
+            curve = re.sub(r"-y=pca\d+|(?<=-y=kmeans)\d+", "", name.replace("baseline", "oracle"))
+            x = settings["y_dim"]
+        elif number == 5 and settings:
+            curve = re.sub(r"-snapshot-\d+", "", name)
+            x = settings["images_seen"]
+        else:
+            continue
+        points.setdefault((f"{curve}, {group}", x), []).append(row["fid"])
+    if not points:
+        raise UserError(f"no evaluation is for Fig. {number}: draw with sample.py --y pca:8 or --snapshots")
+    xlabel = "dimensions or clusters of y" if number == 4 else "images seen in training"
+    save_curves(path, points, xlabel, "FID", xscale="symlog", yscale="log")
 
 
-def save_curves(path, panels, xlabel, ylabel, drawstyle="default", **axes):
-    """{title: {curve: {x: values}}} -> path.csv and, with matplotlib, path.png: means and deviations."""
-    lines = []
-    for title, curves in panels.items():
-        for curve, points in curves.items():
-            for x, values in sorted(points.items()):
-                lines.append([title, curve, x, np.mean(values), deviation(values), len(values)])
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["panel", "curve", xlabel, ylabel, "deviation", "values"])
-    writer.writerows(lines)
-    with twosdm.written(f"{path}.csv") as file:
-        file.write(text.getvalue().encode())
-    print(f"{path}.csv")
+def save_curves(path, points, xlabel, ylabel, drawstyle="default", **axes):
+    """{(curve, x): values} -> their means in path.csv and, with matplotlib, path.png."""
+    lines = [[curve, x, np.mean(values)] for (curve, x), values in sorted(points.items())]
+    with open(f"{path}.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["curve", xlabel, ylabel], *lines])
     try:
         from matplotlib.figure import Figure                  # optional: only pictures of curves need it
     except ImportError:
-        print("for a picture of it: pip install matplotlib, then the same command again")
+        print(f"{path}.csv; for a picture of it: pip install matplotlib, then the same command again")
         return
-    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained", dpi=150)
-    plots = figure.subplots(1, len(panels), squeeze=False)[0]
-    for plot, (title, curves) in zip(plots, panels.items()):
-        plot.set(title=title, xlabel=xlabel, ylabel=ylabel, **axes)
-        for curve in curves:
-            _, _, x, mean, error, _ = zip(*[line for line in lines if line[:2] == [title, curve]])
-            color = "black" if curve == TRAINING else None
-            plot.errorbar(x, mean, error, fmt=".-", color=color, drawstyle=drawstyle, label=curve)
-        plot.legend(frameon=False)
-    with twosdm.written(f"{path}.png") as file:
-        figure.savefig(file, format="png")
-    print(f"{path}.png")
+    figure = Figure(layout="constrained", dpi=150)
+    plot = figure.subplots()
+    plot.set(xlabel=xlabel, ylabel=ylabel, **axes)
+    for curve in dict.fromkeys(line[0] for line in lines):
+        _, x, mean = zip(*[line for line in lines if line[0] == curve])
+        color = "black" if curve == TRAINING else None
+        plot.plot(x, mean, ".-", color=color, drawstyle=drawstyle, label=curve)
+    figure.legend(loc="outside lower center")
+    figure.savefig(f"{path}.png")
+    print(f"{path}.csv, {path}.png")
 
 
 # ============================================================================================================
 # 7 The command line
 # ============================================================================================================
 def parse():
-    title, commands, *_ = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
-        usage="python evaluate.py [--FLAG VALUE ...]",
-        description=f"{title}\n\n{commands}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--dataset", help="whose samples (default: shapes; of --images what they say)")
-    flag("--images", nargs="+", help="folders, zips or .npz with arr_0 (default: all folders "
-         "of sample.py with independent images)")
-    flag("--reference", help="the same, or an .npz of statistics, EDM's or OpenAI's (default: the training "
-         "images)")
+    flag("--images", nargs="+",
+         help="folders, zips, .npz with arr_0 (default: what sample.py has drawn, of independent images)")
+    flag("--reference", help="the same, or EDM's or OpenAI's .npz (default: the training images)")
     flag("--data", help="where the training images are now (default: where they were)")
-    flag("--features", choices=["world", "inception", "pixels"], help="what FID compares (default: world on "
-         "shapes, pixels on fashion-mnist, else inception)")
-    flag("--nearest", choices=["lpips", "clip", "pixels"], help="instead of metrics: the nearest training "
-         "images, by this distance (default: no)")
+    flag("--features", choices=["world", "inception", "pixels"],
+         help="what FID compares (default: world on shapes, pixels on fashion-mnist, else inception)")
+    flag("--nearest", choices=["lpips", "clip", "pixels"],
+         help="instead of metrics: the nearest training images, by this distance (default: no)")
     flag("--n", type=int, default=100, help="images of each folder for --nearest (default: 100)")
-    flag("--tables", nargs="*", help="instead: the paper's tables, from these results.jsonl, of one or more "
-         "training runs (default: no; without files the data set's)")
+    flag("--tables", nargs="*",
+         help="instead: the paper's tables, of these results.jsonl (default: no; of no file: --dataset's)")
     flag("--figure", type=int, choices=[4, 5], help="instead: this figure, from the same files (default: no)")
     flag("--runs", default="runs", help="folder of all runs (default: runs)")
     flag("--samples", default="samples", help="folder of all samples and results (default: samples)")
     flag("--inception-weights", help="the public file (default: downloaded once)")
-    flag("--lpips-weights", nargs=2, metavar=("LINEAR", "ALEXNET"), help="the public files (default: "
-         "downloaded once)")
+    flag("--lpips-weights", nargs=2, help="the public files of linear layers and AlexNet (likewise)")
     flag("--device", default="auto", help="cuda, cuda:1, cpu (default: cuda, else cpu)")
     return parser.parse_args()
 
 
-def show_results(args, folder):
-    """--tables, --figure"""
-    rows = read_results(args.tables or [folder / "results.jsonl"])
-    if args.figure:
-        write_figure(args.figure, rows, folder / f"figure-{args.figure}")
-    else:
-        print(table(rows))
-
-
 def main():
     args = parse()
+    if twosdm.processes() > 1:
+        raise UserError("evaluate.py is one process: start it without torchrun, and sample.py with it")
     if args.dataset is None:
         args.dataset = "shapes"
         if args.images:
             args.dataset = read_settings(args.images[0]).get("dataset", "images")
-    folder = Path(args.samples, args.dataset)
-    if twosdm.processes() > 1:
-        raise UserError("evaluate.py is one process: start it without torchrun, and sample.py with it")
+    path = Path(args.samples, args.dataset, "results.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if args.figure or args.tables is not None:
-        show_results(args, folder)
+        rows = read_results(args.tables or [path])
+        if args.figure:
+            write_figure(args.figure, rows, path.with_name(f"figure-{args.figure}"))
+        else:
+            print(table({key: row for key, row in rows.items() if not row["settings"].get("snapshot")}))
         return
     device = twosdm.pick_device(args.device)
     if device.type == "mps":
@@ -908,31 +812,33 @@ def main():
     twosdm.set_precision("fp32", device)                      # TF32 would change the third digit
     sets = find_samples(args)
     config = find_config(sets, args)
-    real = find_reference(args, config)
-    check_sizes(sets, real)
-    if not args.images and not args.reference and not args.nearest:
-        most = max(len(samples.images) for samples in sets)
-        others = twosdm.test_images(config, most)             # what a perfect model would draw
+    real, statistics = find_reference(args, config)
+    if real is not None:
+        check_comparable(sets, real, args)
+    if args.reference is None:
+        # What a perfect model would draw.
+        others = twosdm.test_images(config, max(len(samples.images) for samples in sets))
         if others is not None:
-            sets.insert(0, Samples("real", others, {}))
+            sets.append(Samples("real", others, {}))
     if args.nearest:
-        rows = measure_distances(sets, real, args, config, device)
+        found = measure_distances(sets, real, args, config, device)
     else:
-        rows = measure(sets, real, args, device)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for samples, values, protocol in rows:
-        lines.append([samples.name, *[f"{value:g}" for value in values.values()]])
-        append_row(folder / "results.jsonl", dict(
+        found = measure(sets, real, statistics, args, device)
+    rows = {}
+    for samples, compared, values, protocol in found:
+        row = dict(
             name=samples.name,
             method=samples.settings.get("method", samples.name),
             dataset=args.dataset,
-            features=protocol["features"],
+            features=compared,
             **values,
-            protocol=protocol,
-            settings=samples.settings))
-    print(", ".join(f"{name} {value}" for name, value in protocol.items()))
-    print(markdown([["", *values], *lines]))
+            protocol=protocol | dict(
+                reference=args.reference or TRAINING,
+                n_real=real and len(real)),
+            settings=samples.settings)
+        append_row(path, row)
+        rows[key_of(row)] = row
+    print(table(rows))
 
 
 if __name__ == "__main__":
