@@ -7,11 +7,6 @@
     python evaluate.py --tables                Tables 1, 3, 4 and 5, of all evaluations so far
     python evaluate.py --figure 5              FID during training; 4: against the dimension of y
 
-    frechet_distance    FID and sFID: how far apart two sets are, as Gaussians of their features
-    inception_score     how sure a classifier is of each image, and how varied it finds them all
-    precision_recall    the share of samples that look real; the share of the data that can be sampled
-    nearest             the most similar training images
-
 A value means something only beside others with the same features, reference and number of images, so each is
 kept with its protocol, in samples/<dataset>/results.jsonl. No diffusion model is loaded here: evaluate.py
 reads images, and what sample.py says of them in settings.json.
@@ -55,7 +50,9 @@ class RunningStats:
         self.outer += x.T @ x
 
     def result(self):
-        """-> mu (D,), sigma (D, D); the covariance divides by N - 1."""
+        """-> mu (D,), sigma (D, D); the covariance divides by N - 1. Raises UserError."""
+        if self.n < 2:
+            raise UserError("a covariance needs two images or more: draw more, or give --nearest")
         mu = self.total / self.n
         sigma = (self.outer - self.n * mu.outer(mu)) / (self.n - 1)
         return mu, sigma
@@ -265,7 +262,7 @@ class PixelFeatures(nn.Module):
     pool     (N, 192)    the image at 8 x 8 pixels, each the mean of its box, in [0, 1]
     """
     name = "pixels"
-    weights = "none"
+    weights = "8x8"
 
     def forward(self, images):
         x = to_uint8(images).float() / 255
@@ -776,11 +773,11 @@ def parse():
     flag("--features", choices=["world", "inception", "pixels"],
          help="what FID compares (default: world on shapes, pixels on fashion-mnist, else inception)")
     flag("--nearest", choices=["lpips", "clip", "pixels"],
-         help="instead of metrics: the nearest training images, by this distance (default: no)")
+         help="instead of metrics: the nearest training images, by this distance")
     flag("--n", type=int, default=100, help="images of each folder for --nearest (default: 100)")
     flag("--tables", nargs="*",
-         help="instead: the paper's tables, of these results.jsonl (default: no; of no file: --dataset's)")
-    flag("--figure", type=int, choices=[4, 5], help="instead: this figure, from the same files (default: no)")
+         help="instead: the paper's tables, of these results.jsonl (of no file: --dataset's)")
+    flag("--figure", type=int, choices=[4, 5], help="instead: this figure, from the same files")
     flag("--runs", default="runs", help="folder of all runs (default: runs)")
     flag("--samples", default="samples", help="folder of all samples and results (default: samples)")
     flag("--inception-weights", help="the public file (default: downloaded once)")

@@ -32,13 +32,9 @@ def one_thread():
 
 def script(name, *args, cwd, **environment):
     """Runs a script in a process of its own -> (exit code, standard output, standard error)."""
-    done = subprocess.run(
-        [sys.executable, ROOT / f"{name}.py", *map(str, args)],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        env=dict(os.environ, OMP_NUM_THREADS="1", **environment)
-    )
+    command = [sys.executable, ROOT / f"{name}.py", *map(str, args)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -61,27 +57,21 @@ def start(module, *args, cwd):
     return process
 
 
-def execute(module, *args, cwd):
-    """Runs a script in this process -> its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(module, *args, cwd=folder) -> (code, out, err): a script, run in this process."""
+    def called(module, *args, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
+        capsys.readouterr()
+        code = 0
         try:
             twosdm.run(module.main)
         except SystemExit as stopped:
-            if not isinstance(stopped.code, str):
-                return stopped.code or 0
-            print(stopped.code, file=sys.stderr)
-            return 1
-    return 0
-
-
-@pytest.fixture
-def call(capsys):
-    """call(module, *args, cwd=folder) -> (code, out, err): a script, run in this process."""
-    def called(module, *args, cwd):
-        capsys.readouterr()
-        code = execute(module, *args, cwd=cwd)
+            code = stopped.code
+        if isinstance(code, str):                     # Python prints it and exits with 1
+            print(code, file=sys.stderr)
+            code = 1
         return code, *capsys.readouterr()
 
     return called
@@ -139,6 +129,7 @@ def photographs(folder, count=12, classes=0):
         if classes:
             place = folder / f"class{i % classes}"
         place.mkdir(parents=True, exist_ok=True)
-        ramp = np.linspace(0, 255, 20)[:, None, None] * rng.rand(3) + np.zeros((20, 24, 3))
+        ramp = np.linspace(0, 1, 24)[:, None] * rng.randint(256, size=3)
+        pixels = np.tile(ramp, (20, 1, 1)).astype(np.uint8)
         suffix = "png" if i % 2 else "jpg"
-        Image.fromarray(ramp.astype(np.uint8)).save(place / f"{i}.{suffix}")
+        Image.fromarray(pixels).save(place / f"{i}.{suffix}")

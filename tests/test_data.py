@@ -25,7 +25,6 @@ import twosdm
 from twosdm import ImageFiles, UserError, prepare_images
 
 SIDE = 12
-RED = (250, 10, 20)
 
 
 def encoded(image, kind="PNG", **options):
@@ -98,7 +97,7 @@ CASES = {
     "half clear": (plain("RGBA", (0, 0, 0, 128)), 127),
     "one bit": (plain("1", 1), 255),
     "CMYK": (plain("CMYK", (200, 100, 50, 0), "TIFF"), (55, 155, 205)),
-    "animation": (plain("RGB", RED, save_all=True, append_images=[noise(2)]), RED),
+    "animation": (plain("L", 9, save_all=True, append_images=[noise(2)]), 9),
     "clear color": (plain("L", 5, transparency=5), 255),
     "16 bits": (encoded(Image.fromarray(GRAY)), GRAY8),
     "16 bits, TIFF": (tiff(258, 16), GRAY8),
@@ -117,7 +116,7 @@ CASES = {
     "innermost folders": ({"train/dog/a.png": 1, "train/cat/a.png": 2, "test/dog/a.png": 3}, [1, 0, 1]),
     "a folder without": ({"cat/a.png": 1, "dog/a.heic": b""}, "dog"),
     "no images": ({"a.heic": b""}, "no images .*.png"),
-    "labels": (labeled(["0/é.png", 7], ["0/a.png", 2.0], ["0/c.png", 9]), [2, 7]),
+    "labels": (labeled(["0/é.png", 7], ["0/a.png", 2.0]), [2, 7]),
     "other letters": (labeled(["0/a.png", 0], [unicodedata.normalize("NFD", "0/é.png"), 1]), [0, 1]),
     "a label lacks": (labeled(["0/a.png", 1]), "dataset.json .*0/é.png .*None"),
     "one-hot": (labeled(["0/a.png", [0, 1]]), "dataset.json .*0/a.png .*whole number")
@@ -259,7 +258,6 @@ def test_cifar10_is_read_as_torchvision_keeps_it(tmp_path, monkeypatch):
     images = twosdm.load_images(config)
     assert (images.pixels == pixels).all()
     assert images.labels.tolist() == [1, 0]
-    assert images.classes == ["cat", "dog"]
 
 
 def test_the_program_that_openai_gives_away_is_refused_with_the_name_of_the_weights(tmp_path):

@@ -2,6 +2,7 @@
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -53,9 +54,10 @@ def test_stages_side_by_side_are_those_one_after_the_other(trained, call, tmp_pa
     for stage in ("baseline", "image", "prior"):
         assert call(train, *TINY, "--stage", stage, cwd=tmp_path)[0] == 0
         run = tmp_path / "runs/shapes" / stage
+        other = trained / "runs/shapes" / stage
         checkpoint = twosdm.load_checkpoint(run / "checkpoint.pt")
         assert checkpoint["seen"] == 48
-        assert same_training(checkpoint, twosdm.load_checkpoint(trained / "runs/shapes" / stage / "checkpoint.pt"))
+        assert same_training(checkpoint, twosdm.load_checkpoint(other / "checkpoint.pt"))
         lines = (run / "log.jsonl").read_text().splitlines()
         assert [json.loads(line)["images"] for line in lines] == [16, 32, 48]
         if stage != "prior":
@@ -63,7 +65,14 @@ def test_stages_side_by_side_are_those_one_after_the_other(trained, call, tmp_pa
             assert len(list(run.glob("snapshot-*.pt"))) == 3
 
 
-def test_if_a_stage_fails_the_other_is_trained_and_the_exit_code_tells(call, tmp_path):
+@pytest.fixture
+def forks(monkeypatch):
+    """Stages side by side are forks, which need not load all for seconds. (`trained` has real ones.)"""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+
+
+def test_if_a_stage_fails_the_other_is_trained_and_the_exit_code_tells(forks, call, tmp_path):
     runs = tmp_path / "runs/shapes"
     (runs / "image-none").mkdir(parents=True)
     (runs / "image-none/checkpoint.pt").write_text("foreign")
@@ -83,7 +92,7 @@ def ended(folder):
     return True
 
 
-def test_a_killed_parent_leaves_no_child(tmp_path):
+def test_a_killed_parent_leaves_no_child(forks, tmp_path):
     process = start(train, *SHORT, "--y", "none", "--images", 10**5, cwd=tmp_path)
     wait_for(lambda: len(list(tmp_path.glob("runs/shapes/*/log.jsonl"))) == 2)
     assert not ended(tmp_path)
@@ -142,34 +151,23 @@ def test_every_epoch_shows_every_image_once_with_its_own_y_and_class(stage, fit,
     embedder = twosdm.unpack_embedder(fit(*flags)["embedder"])
     fit(*flags, "--batch", 6, "--prior-batch", 6, runs="other")
     fit(*flags, "--seed", 1, runs="another")
-    x = twosdm.to_float(twosdm.shapes_images(torch.arange(12), 8)).permute(0, 3, 1, 2)
-    y = embedder(x)
-    a = F.one_hot(twosdm.shapes_attributes(torch.arange(12))["shape"])
-    known = dict(prior=torch.cat([y, a], 1), image=torch.cat([x.flatten(1), y, a], 1))[stage]
+    index = torch.arange(12)
+    x = twosdm.to_float(twosdm.shapes_images(index, 8)).permute(0, 3, 1, 2)
+    a = F.one_hot(twosdm.shapes_attributes(index)["shape"])
+    known = torch.cat([embedder(x), a], 1)
+    if stage == "image":
+        known = torch.cat([x.flatten(1), known], 1)
     found = torch.cat([torch.cat([x.flatten(1), cond], 1) for x, cond in shown])
     rows = torch.cdist(found, known).argmin(1)
     assert (found - known[rows]).abs().max() < 1e-5
+    assert (rows.reshape(12, 12).sort().values == index).all()
     first, second, third = rows.reshape(3, 4, 12)                         # runs, epochs, images
-    assert (rows.reshape(12, 12).sort().values == torch.arange(12)).all()
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
     assert len(first.unique(dim=0)) == 4
 
 
-def test_accumulation_has_the_gradient_of_the_whole_batch(fit, monkeypatch):
-    monkeypatch.setattr(torch, "randn", lambda *shape, **_: torch.zeros(*shape))      # one sigma for all
-    monkeypatch.setattr(torch, "randn_like", lambda x: x.flip(3))                     # eps follows from x
-    gradients = []
-    for size in (8, 3):
-        checkpoint = fit("--stage", "image", "--images", 8, "--batch-gpu", size, runs=f"runs{size}")
-        moments = checkpoint["optimizer"]["state"].values()
-        gradients.append(torch.cat([moment["exp_avg"].flatten() for moment in moments]))
-    whole, parts = gradients
-    assert whole.norm() > 0
-    assert (parts - whole).norm() < 1e-5 * whole.norm()
-
-
-def test_bf16_has_the_losses_of_float32_and_keeps_its_weights_and_y(fit, shown):
+def test_bf16_has_the_losses_of_float32_and_keeps_its_weights(fit):
     flags = ["--stage", "image", "--images", 160, "--precision"]
     fp32 = fit(*flags, "fp32")
     bf16 = fit(*flags, "bf16", runs="rough")
@@ -177,9 +175,6 @@ def test_bf16_has_the_losses_of_float32_and_keeps_its_weights_and_y(fit, shown):
         assert abs(rough["loss"] / exact["loss"] - 1) < 0.01
     assert not same(fp32["net"], bf16["net"])
     assert {tensor.dtype for tensor in bf16["net"].values()} == {torch.float32}
-    for (x, cond), (rough_x, rough_cond) in zip(shown[:20], shown[20:], strict=True):
-        assert torch.equal(x, rough_x)
-        assert torch.equal(cond, rough_cond)
 
 
 def test_the_seed_changes_the_training_and_not_the_data(fit):
