@@ -2112,7 +2112,7 @@ def image_grid(pixels, columns):
     return sheet.permute(1, 2, 0).numpy()
 
 
-def titled(pictures, columns, side=384, title=24):
+def titled(pictures, columns, side=420, title=24):
     """{title: (N, R, R, 3) uint8, N the same} -> one picture (H, W, 3): grids side by side below their titles."""
     sheets = []
     for text, pixels in pictures.items():

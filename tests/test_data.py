@@ -68,7 +68,7 @@ def zipped(source, rename=str):
     """A zip of the folder, of the same name, with an entry for each folder."""
     path = source.with_suffix(".zip")
     with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(source.rglob("*"), reverse=True):
+        for file in source.rglob("*"):                # in any order
             info = zipfile.ZipInfo()
             info.filename = rename(f"{file.relative_to(source)}{'/' * file.is_dir()}")
             archive.writestr(info, b"" if file.is_dir() else file.read_bytes())
