@@ -739,7 +739,8 @@ class PCA(nn.Module):
     @classmethod
     def fit(cls, y, dims):
         """To the rows of y (N, D), 0 < dims <= D."""
-        y = torch.as_tensor(y)
+        with warnings.catch_warnings(action="ignore"):                    # of an array that is only mapped
+            y = torch.as_tensor(y)
         mean = y.mean(0, dtype=torch.float64)
         scatter = torch.zeros(y.shape[1], y.shape[1], dtype=torch.float64)
         for part in y.split(8192):                    # a million rows of float64 are gigabytes
@@ -1811,7 +1812,7 @@ class UserError(Exception):
 
 PLACES = {                                            # errors of a place that users can mend
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
-    errno.EEXIST, errno.ENAMETOOLONG
+    errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG
 }
 
 

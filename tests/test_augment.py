@@ -52,10 +52,10 @@ def claimed(label, height, width, sign):
 
 
 @pytest.mark.parametrize("p", [0.15, 1])
-@pytest.mark.parametrize("height", [32, 48])
-def test_a_label_says_what_was_done(height, p):
+def test_a_label_says_what_was_done(p):
     """Also that the surroundings are a reflection of the image."""
     torch.manual_seed(0)
+    height = 48
     image = smooth(*positions(height, 32)).float()
     out, labels = Augment(p)(image.expand(200, 2, height, 32))
     signs = set()

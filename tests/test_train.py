@@ -215,27 +215,32 @@ def test_the_python_lines_of_the_readme_draw_a_picture(trained, monkeypatch):
 # Settings
 
 M = 1_000_000
-DDPMPP = dict(
+EDM = dict(
     resolution=64, augment=0.15, embedder="clip", y="all", a="none", prior_images=100 * M, prior_batch=256,
     prior_lr=1e-4, prior_width=512, prior_depth=6, prior_heads=8, prior_predict="data", images=25 * M, batch=256,
-    lr=2e-4, arch="ddpm++", width=128, mults=(1, 2, 2, 2), blocks=4, attention=(16,), dropout=0.05,
-    lr_ramp=10 * M, ema_half_life=M // 2, ema_ramp=0.05, steps=40, churn=50.0)
-ADM = DDPMPP | dict(
-    augment=0.0, batch=128, lr=1e-4, arch="adm", width=192, mults=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8),
-    dropout=0.10)
+    lr=2e-4, dropout=0.05, lr_ramp=10 * M, ema_half_life=M // 2, ema_ramp=0.05, steps=40, churn=50.0, vae="")
+IMAGENET = EDM | dict(augment=0.0, batch=128, lr=1e-4, dropout=0.10)
+CLASSES = IMAGENET | dict(a="class")
+CIFAR10 = dict(resolution=32, augment=0.12, a="class", images=200 * M, batch=512, lr=1e-3, dropout=0.13)
+LATENT = dict(resolution=256, vae="stabilityai/sd-vae-ft-mse")
 
 
-@pytest.mark.parametrize("dataset, settings", [
-    ("ffhq", DDPMPP),
-    ("afhq", DDPMPP | dict(dropout=0.25)),
-    ("cifar10", DDPMPP | dict(resolution=32, augment=0.12, a="class", images=200 * M, batch=512, lr=1e-3,
-                              mults=(2, 2, 2), dropout=0.13)),
-    ("imagenet", ADM),
-    ("imagenet-class", ADM | dict(a="class")),
-    ("imagenet-latent", ADM | dict(a="class", resolution=256, vae="stabilityai/sd-vae-ft-mse")),
+@pytest.mark.parametrize("dataset, settings, cond_dim, parameters", [
+    ("ffhq", EDM, 512, 61_871_235),                   # y of CLIP
+    ("afhq", EDM | dict(dropout=0.25), 0, 61_805_571),
+    ("cifar10", EDM | CIFAR10, 512 + 10, 55_800_835),
+    ("imagenet", IMAGENET, 512, 295_524_483),
+    ("imagenet-class", CLASSES, 512 + 1000, 296_292_483),
+    ("imagenet-class", CLASSES, 1000, 295_899_267),
+    ("imagenet-latent", CLASSES | LATENT, 512 + 1000, 296_292_483),
 ])
-def test_presets_have_the_numbers_of_the_paper_and_of_edm(dataset, settings):
-    assert vars(train.configure(dataset)).items() >= settings.items()
+def test_presets_have_the_numbers_and_the_networks_of_the_paper_and_edm(dataset, settings, cond_dim, parameters):
+    config = train.configure(dataset)
+    assert vars(config).items() >= settings.items()
+    with torch.device("meta"):
+        net = twosdm.UNet(min(config.resolution, 64), 3, cond_dim, 9 if config.augment else 0, config.arch, 0.0,
+                          config.width, config.mults, config.blocks, config.attention)
+    assert sum(parameter.numel() for parameter in net.parameters()) == parameters
 
 
 @pytest.mark.parametrize("flags, words", [line.split(" -> ") for line in """
