@@ -618,7 +618,7 @@ def measure_distances(sets, real, args, config, device):
 # 6 Tables and figures
 # ============================================================================================================
 DECIMALS = {                                                  # of the columns of tables
-    "fid": 2, "sfid": 2, "is": 1,                                         # Tables 1 and 4
+    "fid": 3, "sfid": 3, "is": 1,                                         # Tables 1 and 4
     "precision": 3, "recall": 3,
     "gain": 1, "ratio": 1,                                                # Table 3, in percent
     "copies": 3                                                           # of --nearest
@@ -702,7 +702,8 @@ def table(rows):
             decimals[column] = 1
         place = ORDER.get(row["method"], 5)
         methods.setdefault((group, place, name), []).append(row)
-    columns = [column for column in decimals if any(column in row for row in rows.values())]
+    known = set().union(*rows.values())
+    columns = [column for column in decimals if column in known]
     lines = [["evaluation", "method", "runs", *columns]]
     lines.append(["---"] * len(lines[0]))
     for (group, _, name), runs in sorted(methods.items()):

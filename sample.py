@@ -15,7 +15,6 @@ they were drawn. The same command again draws what is missing.
 import json
 import math
 import os
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,18 +23,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
 
 import twosdm
 from twosdm import SampleNoise, Sampler, UserError, pick_numbers, rank
 
-METHODS = {                                           # and the stages that each needs; the last draws images
-    "2sdm": ["prior", "image"],
-    "oracle": ["image"],
-    "baseline": ["baseline"],
-    "joint": ["joint"]
+METHODS = {                                           # and the stage whose model draws the images
+    "2sdm": "image",
+    "oracle": "image",
+    "baseline": "baseline",
+    "joint": "joint"
 }
-TITLES = {
+TITLES = {                                            # in the picture of all methods
     "2sdm": "2SDM",
     "oracle": "2SDM + oracle",
     "baseline": "EDM",
@@ -59,15 +57,17 @@ class Pipeline:
         self.args = args
         self.device = device
         checkpoints = {stage: twosdm.load_checkpoint(path) for stage, path in paths.items()}
-        self.run = checkpoints[METHODS[method][-1]]                           # of the image model
-        self.config = SimpleNamespace(**self.run["config"])
-        self.class_counts = self.count_classes()
-        self.y_dim = self.run["models"]["image"]["settings"]["cond_dim"] - len(self.class_counts)
+        self.checkpoint = checkpoints[METHODS[method]]                        # of the image model
+        self.config = SimpleNamespace(**self.checkpoint["config"])            # of its training
+        self.class_counts = []                        # how often each class is to come
+        if self.config.a == "class":
+            self.class_counts = self.checkpoint["class_counts"] or [1] * len(self.checkpoint["classes"])
+        self.y_dim = self.checkpoint["models"]["image"]["settings"]["cond_dim"] - len(self.class_counts)
         self.check(checkpoints)
         steps = args.steps or self.config.steps
         churn = self.config.churn if args.churn is None else args.churn
         if args.interpolate:
-            churn = 0.0
+            churn = 0.0                               # its noise would have to change, too
         self.sampler = Sampler(steps, churn)
         self.image_sampler = Sampler(args.image_steps or steps, churn, guidance=args.guidance)
         self.networks = {}
@@ -76,56 +76,51 @@ class Pipeline:
                 self.networks[part] = twosdm.load_denoiser(checkpoint, part, device)
                 if args.compile:
                     self.networks[part].net.compile()
-        self.autoencoder = None
         if self.config.vae:
             self.autoencoder = twosdm.Autoencoder(self.config.vae).to(device)
-        self.embedder = None
-        self.images = None
         if method == "oracle":
-            self.embedder = twosdm.unpack_embedder(self.run["embedder"], args.embedder_weights).to(device)
-            if not args.like:
-                self.images = self.training_images()
-                self.chances = np.ones(len(self.images))                      # of each to give its embedding
-                if args.class_ is not None:
-                    self.chances = self.images.labels == args.class_
-
-    def count_classes(self):
-        """How often each class is to come: as in the training set or, with --class, only that one."""
-        counts = []
-        if self.config.a == "class":
-            counts = self.run["class_counts"] or [1] * len(self.run["classes"])
-        only = self.args.class_
-        if only is None:
-            return counts
-        if only >= len(counts) or counts[only] == 0:
-            raise UserError(f"--class {only}: this model knows {len(counts)} classes, from 0")
-        return [int(i == only) for i in range(len(counts))]
+            packed = self.checkpoint["embedder"]
+            self.embedder = twosdm.unpack_embedder(packed, args.embedder_weights).to(device)
+            self.images = self.open_images()
 
     def check(self, checkpoints):
         """Raises UserError for checkpoints that do not fit each other, and for flags that do not fit them."""
         args = self.args
-        prior = checkpoints.get("prior")
-        if prior is not None and what_is_known(prior) != what_is_known(self.run):
+        known = [what_is_known(checkpoint) for checkpoint in checkpoints.values()]
+        if known[0] != known[-1]:
             raise UserError("prior and image model were trained on other images, embeddings or classes: give "
                             "two of the same settings, with their --y")
+        if args.class_ is not None and args.class_ not in np.flatnonzero(self.class_counts):
+            raise UserError(f"--class {args.class_}: this model knows {len(self.class_counts)} classes, from 0")
         if self.method == "oracle" and self.y_dim == 0:
             raise UserError("the oracle needs an image model that is told y: give another --y")
         if args.guidance != 1 and ("image" not in checkpoints or not self.config.y_dropout):
             raise UserError("--guidance needs an image model that sometimes was not told y: python train.py "
                             "--stage image --y-dropout 0.1")
-        if args.interpolate and prior is None and self.method != "joint":
+        if args.interpolate and self.method != "joint" and "prior" not in checkpoints:
             raise UserError("--interpolate needs a prior: give --method 2sdm or joint, and --y all or pca:D")
 
-    def training_images(self):
-        """The images that the image model was trained on, from whose embeddings the oracle chooses."""
-        config = SimpleNamespace(**self.run["config"])
+    def open_images(self):
+        """The images whose embeddings are the oracle's y: those of --like, or else the training images."""
+        config = self.config
+        if self.args.like:
+            return twosdm.Images("given", twosdm.ImageFiles(".", config.resolution, self.args.like)[:])
         config.runs = self.args.runs
         config.data = self.args.data or config.data
         images = twosdm.load_images(config)
-        name = self.run["identity"]["images"]
+        name = self.checkpoint["identity"]["images"]
         if images.name != name:
             raise UserError(f"the model was trained on {name}, but these are {images.name}: give its --data")
         return images
+
+    def choose_images(self, seeds):
+        """(B,) seeds -> (B,) rows of the oracle's images; with --like one after the other."""
+        if self.args.like:
+            return np.array(seeds) - self.args.seed
+        chances = np.ones(len(self.images))
+        if self.args.class_ is not None:
+            chances = self.images.labels == self.args.class_
+        return pick_numbers(seeds, chances, twosdm.ORACLE)
 
     @torch.no_grad()
     def conditions(self, seeds, noise=None):
@@ -135,20 +130,24 @@ class Pipeline:
         """
         y = None
         a = None
-        if self.images is not None:                                           # the oracle
-            rows = pick_numbers(seeds, self.chances, twosdm.ORACLE)
+        labels = None
+        if self.method == "oracle":
+            rows = self.choose_images(seeds)
             y = self.embedder(self.images.batch(rows, self.device))
-        if self.class_counts:
-            labels = pick_numbers(seeds, self.class_counts, twosdm.CLASS)
-            if self.images is not None:
+            if self.images.labels is not None:
                 labels = self.images.labels[rows]
+        if self.class_counts:
+            if self.args.class_ is not None:
+                labels = [self.args.class_] * len(seeds)
+            elif labels is None:
+                labels = pick_numbers(seeds, self.class_counts, twosdm.CLASS)
             a = self.one_hot(labels, len(self.class_counts))
         if "prior" in self.networks:
             if noise is None:
                 noise = SampleNoise(seeds, self.device, twosdm.PRIOR)
             y = twosdm.sample_embeddings(self.networks["prior"], noise, a, self.sampler)          # p(y | a)
         elif self.method == "2sdm" and self.y_dim:                            # Class-cond
-            counts = self.run["embedder"]["reduction"]["counts"].numpy()
+            counts = self.checkpoint["embedder"]["reduction"]["counts"].numpy()
             y = self.one_hot(pick_numbers(seeds, counts, twosdm.CLUSTER), len(counts))
         return y, a
 
@@ -161,7 +160,7 @@ class Pipeline:
         # The prior, which predicts y itself, computes in float32.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             x = twosdm.sample_images(self.networks["image"], noise, y, a, self.image_sampler)  # p(x | y, a)
-        if self.autoencoder is not None:
+        if self.config.vae:
             x = self.autoencoder.decode(x)
         if not x.isfinite().all():
             raise UserError("the samples are not finite: give --precision fp32, or an earlier snapshot by "
@@ -188,78 +187,60 @@ class Pipeline:
             "compile": args.compile,
             "device": self.device.type,               # each kind has random numbers of its own
             "weights": {part: twosdm.fingerprint(network) for part, network in self.networks.items()},
-            "images_seen": self.run["seen"],
+            "images_seen": self.checkpoint["seen"],
             "train_seed": self.config.seed,
             "finetuned": bool(self.config.init_from),
-            "images": self.run["identity"]["images"],
-            "config": self.run["config"]
+            "images": self.checkpoint["identity"]["images"],
+            "config": self.checkpoint["config"]
         }
 
 
 def what_is_known(checkpoint):
-    """What prior and image model must know alike: the images, whether their classes, and the embedder."""
+    """What prior and image model must know alike: the images, whether their classes, and what y is."""
+    identity = checkpoint["identity"]
     embedder = checkpoint["embedder"] or {}
-    reduction = embedder.get("reduction", {})         # such as the axes of a PCA
-    numbers = [tensor.numpy() for tensor in reduction.values()]
-    images = checkpoint["identity"]["images"]
-    return images, checkpoint["config"]["a"], embedder.get("fingerprint"), twosdm.hash_of(*numbers)
+    return identity["images"], checkpoint["config"]["a"], identity["y"], embedder.get("fingerprint")
 
 
 # ============================================================================================================
-# 2 What to draw: tables of images, whose rows share y and a
+# 2 What to draw: a table of images, whose rows share y and a
 # ============================================================================================================
-class Samples:
-    """A row for each seed: an image or, with --same-y K, K images of one y (Fig. 2).
+def lay_out(args):
+    """-> numbers of the rows, number of columns.
 
-    With --like, a row for each given image: y is its embedding.
+    A row for each seed: an image or, with --same-y K, K images of one y (Fig. 2). With --like, a row for each
+    given image, of images whose y is its embedding. --interpolate N: N rows and N columns.
     """
-    given = None
+    if args.interpolate:
+        return range(args.interpolate), args.interpolate
+    columns = args.same_y or 1
+    count = math.ceil(args.n / columns)
+    if args.like:
+        columns = args.same_y or 8
+        count = len(args.like)
+    return range(args.seed, args.seed + count), columns
 
-    def __init__(self, pipeline, args):
-        self.pipeline = pipeline
-        self.columns = args.same_y or 1
-        count = math.ceil(args.n / self.columns)
-        if args.like:
-            self.columns = args.same_y or 8
-            pixels = twosdm.ImageFiles(".", pipeline.config.resolution, args.like)[:]
-            self.given = twosdm.Images("given", pixels)
-            count = len(pixels)
-        self.rows = range(args.seed, args.seed + count)                       # seeds
 
-    def draw(self, rows, column):
-        """(B,) seeds, a column -> (B, R, R, 3) uint8. The first column is what the seeds give alone."""
-        device = self.pipeline.device
-        y, a = self.pipeline.conditions(rows)
-        if self.given is not None:
-            y = self.pipeline.embedder(self.given.batch(np.array(rows) - self.rows[0], device))
+def draw(pipeline, rows, column):
+    """(B,) rows of the table, one of its columns -> (B, R, R, 3) uint8.
+
+    The first column is what the seeds give alone. --interpolate, Appendix C: y changes from row to row, the
+    image noise from column to column. The corners belong to two seeds: two of them are the images that these
+    give alone.
+    """
+    seed = pipeline.args.seed
+    if pipeline.args.interpolate:
+        B = len(rows)
+        way = torch.linspace(0, 1, pipeline.args.interpolate, device=pipeline.device)
+        y, a = pipeline.conditions([seed] * B, NoiseBetween(seed, twosdm.PRIOR, way[rows]))
+        noise = NoiseBetween(seed, twosdm.IMAGE, way[[column] * B])           # all of the first seed's class
+    else:
+        y, a = pipeline.conditions(rows)
         stream = twosdm.IMAGE
         if column > 0:
             stream = twosdm.FURTHER + column - 1
-        return self.pipeline.render(SampleNoise(rows, device, stream), y, a)
-
-
-class Interpolation:
-    """--interpolate N, Appendix C: y changes from row to row, the image noise from column to column.
-
-    The corners belong to two seeds: two of them are the images that these give alone. There is no churn, as
-    its noise would have to change, too.
-    """
-    given = None
-
-    def __init__(self, pipeline, args):
-        self.pipeline = pipeline
-        self.seed = args.seed
-        self.rows = range(args.interpolate)
-        self.columns = args.interpolate
-        self.way = torch.linspace(0, 1, args.interpolate, device=pipeline.device)
-
-    def draw(self, rows, column):
-        """(B,) rows, a column -> (B, R, R, 3) uint8."""
-        B = len(rows)
-        noise_of_y = NoiseBetween(self.seed, twosdm.PRIOR, self.way[rows])
-        y, a = self.pipeline.conditions([self.seed] * B, noise_of_y)          # all of the first seed's class
-        noise = NoiseBetween(self.seed, twosdm.IMAGE, self.way[[column] * B])
-        return self.pipeline.render(noise, y, a)
+        noise = SampleNoise(rows, pipeline.device, stream)
+    return pipeline.render(noise, y, a)
 
 
 class NoiseBetween:
@@ -289,76 +270,67 @@ class NoiseBetween:
 # ============================================================================================================
 # 3 Folders of images
 # ============================================================================================================
-def open_folder(folder, settings):
-    """Begins a folder's settings.json, or goes on with it -> its content. UserError for other settings."""
-    settings = json.loads(json.dumps(settings))       # as they will be read: lists in place of tuples
+def keep_settings(folder, settings):
+    """Writes a folder's settings.json. Raises UserError if there is one of other settings."""
     path = folder / "settings.json"
-    known = settings
     if path.exists():
         known = json.loads(path.read_text())
-    other = [name for name in settings if name != "n" and known.get(name) != settings[name]]
-    if other:
-        raise UserError(f"{folder} holds images of other settings or of an earlier training, which differ in "
-                        f"{', '.join(other)}: move it away, or give another --samples folder")
-    known["n"] = max(known["n"], settings["n"])
-    write_settings(folder, known)
-    return known
-
-
-def write_settings(folder, settings):
-    with twosdm.written(folder / "settings.json") as file:
+        for name, value in json.loads(json.dumps(settings)).items():          # lists in place of tuples
+            if name not in ("n", "timing") and known.get(name) != value:
+                raise UserError(f"{folder} holds images of other settings or of an earlier training (another "
+                                f"{name}): move it away, or give another --samples folder")
+        settings = known | settings | dict(n=max(known["n"], settings["n"]))
+    with twosdm.written(path) as file:
         file.write(json.dumps(settings, indent=1).encode())
 
 
-def list_files(folder, table):
+def name_files(folder, rows, columns):
     """{(row, column): file} of a table of images, row by row."""
     files = {}
-    for row in table.rows:
-        for column in range(table.columns):
-            place = f"-{column:02d}" if table.columns > 1 else ""
+    for row in rows:
+        for column in range(columns):
+            place = f"-{column:02d}" if columns > 1 else ""
             files[row, column] = folder / f"{row:06d}{place}.png"
     return files
 
 
-def draw_missing(table, files, batch, name):
+def draw_missing(pipeline, files, rows, columns):
     """Draws the images whose files are missing -> seconds and number of images of each batch.
 
     Of several processes, each draws a part of the batches.
     """
-    batches = []                                      # rows of one column
-    for column in range(table.columns):
-        rows = [row for row in table.rows if not files[row, column].exists()]
-        for start in range(0, len(rows), batch):
-            batches.append((rows[start:start + batch], column))
+    batch = pipeline.args.batch
+    batches = []
+    for column in range(columns):
+        missing = [row for row in rows if not files[row, column].exists()]
+        for start in range(0, len(missing), batch):
+            batches.append((missing[start:start + batch], column))
     twosdm.wait_for_all()                             # nobody draws before all have looked
     batches = batches[rank()::twosdm.processes()]
     total = sum(len(rows) for rows, _ in batches)
 
-    device = table.pipeline.device
+    device = pipeline.device
     at_once = 1
-    if table.pipeline.config.threads and device.type == "cpu":
+    if pipeline.config.threads and device.type == "cpu":
         # Small networks do not keep several threads busy. Several batches do.
         torch.set_num_threads(1)
         at_once = os.cpu_count()
-    turns = threading.Semaphore(at_once)
     times = []
 
-    def draw(batch):
-        rows, column = batch
+    def draw_batch(rows, column):
         if device.type == "cuda":
             torch.cuda.set_device(device)             # which is each thread's own
-        with turns:
-            start = time.perf_counter()
-            pixels = table.draw(rows, column)         # in memory: the GPU has finished
-            times.append([time.perf_counter() - start, len(rows)])
-        for row, picture in zip(rows, pixels):
-            twosdm.save_picture(files[row, column], picture)
-        return len(rows)
+        start = time.perf_counter()
+        pixels = draw(pipeline, rows, column)         # in memory: the GPU has finished
+        times.append([time.perf_counter() - start, len(pixels)])
+        return pixels
 
-    # One thread more than there are turns: it writes pictures while the next ones are drawn.
-    with ThreadPoolExecutor(at_once + 1) as threads, twosdm.progress(what=name, total=total) as bar:
-        for count in threads.map(draw, batches):
-            bar.update(count)
+    # While this thread writes pictures, the others draw the next ones.
+    with ThreadPoolExecutor(at_once) as threads, twosdm.progress(what=pipeline.method, total=total) as bar:
+        for (rows, column), pixels in zip(batches, threads.map(draw_batch, *zip(*batches))):
+            for row, picture in zip(rows, pixels):
+                twosdm.save_picture(files[row, column], picture)
+            bar.update(len(rows))
     twosdm.wait_for_all()
     return times
 
@@ -375,30 +347,28 @@ def timing(times, batch, device):
 def draw_method(method, paths, args, device):
     """Draws what the folder of a method with these checkpoints lacks -> the images that its grid shows."""
     pipeline = Pipeline(method, paths, args, device)
-    table = Interpolation(pipeline, args) if args.interpolate else Samples(pipeline, args)
-    name = folder_name(method, args)
-    snapshot = paths[METHODS[method][-1]].stem.replace("checkpoint", "")
-    if snapshot:
-        name += "-" + snapshot
+    snapshot = paths[METHODS[method]].stem.replace("checkpoint", "")
+    name = folder_name(method, snapshot, args)
     folder = Path(args.samples, args.dataset, name)
-    files = list_files(folder, table)
-    settings = dict(pipeline.settings(), name=name, snapshot=snapshot, columns=table.columns, n=len(files))
+    rows, columns = lay_out(args)
+    files = name_files(folder, rows, columns)
+    settings = dict(pipeline.settings(), name=name, snapshot=snapshot, columns=columns, n=len(files))
     if rank() == 0:
-        settings = open_folder(folder, settings)
-    times = draw_missing(table, files, args.batch, name)
+        keep_settings(folder, settings)
+    times = draw_missing(pipeline, files, rows, columns)
     if rank() > 0:
         return None
     if len(times) > 1:                                # a few images that were missing replace no earlier time
-        settings["timing"] = timing(times, args.batch, device)
-        write_settings(folder, settings)
+        keep_settings(folder, settings | dict(timing=timing(times, args.batch, device)))
     drawn = twosdm.ImageFiles(folder, pipeline.config.resolution, [file.name for file in files.values()])
     if args.npz:
         with twosdm.written(folder / "samples.npz") as file:
             np.savez(file, arr_0=drawn[:])
-    width = table.columns if table.columns > 1 else 8
+    width = columns if columns > 1 else 8
     shown = drawn[:8 * width]
-    if table.given is not None:                       # each before its variations
-        shown = np.insert(shown, np.arange(0, len(shown), width), table.given.pixels[:8], axis=0)
+    if args.like:                                     # each before its variations
+        given = pipeline.images.pixels[:8]
+        shown = np.insert(shown, np.arange(0, len(shown), width), given, axis=0)
         width += 1
     twosdm.save_picture(folder / "grid.png", twosdm.image_grid(shown, width), least=512)
     print(folder / "grid.png")
@@ -487,9 +457,9 @@ def choose_methods(args):
 
 def find_checkpoints(method, args):
     """-> {stage: file} of a method's networks, whether they are there or not."""
-    stages = METHODS[method]
-    if method == "2sdm" and not twosdm.has_prior(args.y):
-        stages = ["image"]
+    stages = [METHODS[method]]
+    if method == "2sdm" and twosdm.has_prior(args.y):
+        stages.append("prior")
     paths = {}
     for stage in stages:
         paths[stage] = twosdm.run_folder(args.runs, args.dataset, stage, args.y, args.tag) / "checkpoint.pt"
@@ -531,7 +501,7 @@ def main():
     pictures = {}
     for method in choose_methods(args):
         paths = find_checkpoints(method, args)
-        stage = METHODS[method][-1]
+        stage = METHODS[method]
         files = [paths[stage]]
         if args.snapshots:
             files = sorted(paths[stage].parent.glob("snapshot-*.pt"))

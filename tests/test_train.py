@@ -177,6 +177,14 @@ def test_bf16_has_the_losses_of_float32_and_keeps_its_weights(fit):
     assert {tensor.dtype for tensor in bf16["net"].values()} == {torch.float32}
 
 
+def test_overfit_2sdm_learns_its_y_from_both_losses_in_float32(fit, shown):
+    fit("--stage", "joint", "--embedder", "shapes", "--images", 8, "--precision", "bf16")
+    (y, _), (_, cond) = shown
+    assert torch.equal(y, cond)
+    assert y.requires_grad
+    assert y.dtype == torch.float32
+
+
 def test_the_seed_changes_the_training_and_not_the_data(fit):
     flags = ["--stage", "image", "--limit", 20, "--y", "kmeans:4"]
     one = fit(*flags)
