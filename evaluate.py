@@ -704,12 +704,19 @@ def table(rows):
         methods.setdefault((group, place, name), []).append(row)
     known = set().union(*rows.values())
     columns = [column for column in decimals if column in known]
-    lines = [["evaluation", "method", "runs", *columns]]
-    lines.append(["---"] * len(lines[0]))
+    lines = []
+    shown = None
     for (group, _, name), runs in sorted(methods.items()):
+        if group != shown:
+            lines += ["", group, "", markdown(["method", "runs", *columns]), "|---" * (2 + len(columns)) + "|"]
+            shown = group
         cells = [spread(runs, column, decimals[column]) for column in columns]
-        lines.append([group, name, str(len(runs)), *cells])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        lines.append(markdown([name, str(len(runs)), *cells]))
+    return "\n".join(lines)
+
+
+def markdown(cells):
+    return "| " + " | ".join(cells) + " |"
 
 
 def write_figure(number, rows, path):

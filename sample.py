@@ -33,12 +33,6 @@ METHODS = {                                           # and the stage whose mode
     "baseline": "baseline",
     "joint": "joint"
 }
-TITLES = {                                            # in the picture of all methods
-    "2sdm": "2SDM",
-    "oracle": "2SDM + oracle",
-    "baseline": "EDM",
-    "joint": "Overfit-2SDM"
-}
 
 
 # ============================================================================================================
@@ -67,7 +61,7 @@ class Pipeline:
         steps = args.steps or self.config.steps
         churn = self.config.churn if args.churn is None else args.churn
         if args.interpolate:
-            churn = 0.0                               # its noise would have to change, too
+            churn = 0.0                               # whose noise would have to change, too
         self.sampler = Sampler(steps, churn)
         self.image_sampler = Sampler(args.image_steps or steps, churn, guidance=args.guidance)
         self.networks = {}
@@ -86,12 +80,13 @@ class Pipeline:
     def check(self, checkpoints):
         """Raises UserError for checkpoints that do not fit each other, and for flags that do not fit them."""
         args = self.args
-        known = [what_is_known(checkpoint) for checkpoint in checkpoints.values()]
-        if known[0] != known[-1]:
-            raise UserError("prior and image model were trained on other images, embeddings or classes: give "
-                            "two of the same settings, with their --y")
+        for other in checkpoints.values():
+            if what_is_known(other) != what_is_known(self.checkpoint):
+                raise UserError("prior and image model were trained on other images, embeddings or classes: "
+                                "give two of the same settings, with their --y")
         if args.class_ is not None and args.class_ not in np.flatnonzero(self.class_counts):
-            raise UserError(f"--class {args.class_}: this model knows {len(self.class_counts)} classes, from 0")
+            raise UserError(f"--class {args.class_}: this model knows {len(self.class_counts)} classes, from "
+                            f"0, of which some may have no images")
         if self.method == "oracle" and self.y_dim == 0:
             raise UserError("the oracle needs an image model that is told y: give another --y")
         if args.guidance != 1 and ("image" not in checkpoints or not self.config.y_dropout):
@@ -114,7 +109,7 @@ class Pipeline:
         return images
 
     def choose_images(self, seeds):
-        """(B,) seeds -> (B,) rows of the oracle's images; with --like one after the other."""
+        """(B,) seeds -> (B,) numbers of the oracle's images; with --like in their order."""
         if self.args.like:
             return np.array(seeds) - self.args.seed
         chances = np.ones(len(self.images))
@@ -168,7 +163,7 @@ class Pipeline:
         return twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
 
     def settings(self):
-        """All that determines the image of a seed, and what tables and figures say of it."""
+        """What determines the image of a seed, and what tables and figures say of it, for settings.json."""
         args = self.args
         return {
             "method": self.method,
@@ -185,7 +180,6 @@ class Pipeline:
             "guidance": args.guidance,
             "precision": args.precision,
             "compile": args.compile,
-            "device": self.device.type,               # each kind has random numbers of its own
             "weights": {part: twosdm.fingerprint(network) for part, network in self.networks.items()},
             "images_seen": self.checkpoint["seen"],
             "train_seed": self.config.seed,
@@ -196,7 +190,7 @@ class Pipeline:
 
 
 def what_is_known(checkpoint):
-    """What prior and image model must know alike: the images, whether their classes, and what y is."""
+    """What must be the same for prior and image model: the images, whether they are told the class, and y."""
     identity = checkpoint["identity"]
     embedder = checkpoint["embedder"] or {}
     return identity["images"], checkpoint["config"]["a"], identity["y"], embedder.get("fingerprint")
@@ -206,7 +200,7 @@ def what_is_known(checkpoint):
 # 2 What to draw: a table of images, whose rows share y and a
 # ============================================================================================================
 def lay_out(args):
-    """-> numbers of the rows, number of columns.
+    """-> (numbers of the rows, number of columns) of the table.
 
     A row for each seed: an image or, with --same-y K, K images of one y (Fig. 2). With --like, a row for each
     given image, of images whose y is its embedding. --interpolate N: N rows and N columns.
@@ -228,12 +222,12 @@ def draw(pipeline, rows, column):
     image noise from column to column. The corners belong to two seeds: two of them are the images that these
     give alone.
     """
-    seed = pipeline.args.seed
     if pipeline.args.interpolate:
         B = len(rows)
+        seed = pipeline.args.seed
         way = torch.linspace(0, 1, pipeline.args.interpolate, device=pipeline.device)
-        y, a = pipeline.conditions([seed] * B, NoiseBetween(seed, twosdm.PRIOR, way[rows]))
-        noise = NoiseBetween(seed, twosdm.IMAGE, way[[column] * B])           # all of the first seed's class
+        y, a = pipeline.conditions([seed] * B, NoiseBetween(seed, twosdm.PRIOR, way[rows]))   # a: the seed's
+        noise = NoiseBetween(seed, twosdm.IMAGE, way[column].expand(B))
     else:
         y, a = pipeline.conditions(rows)
         stream = twosdm.IMAGE
@@ -285,7 +279,7 @@ def keep_settings(folder, settings):
 
 
 def name_files(folder, rows, columns):
-    """{(row, column): file} of a table of images, row by row."""
+    """-> {(row, column): file} of a table of images, row by row."""
     files = {}
     for row in rows:
         for column in range(columns):
@@ -299,15 +293,14 @@ def draw_missing(pipeline, files, rows, columns):
 
     Of several processes, each draws a part of the batches.
     """
-    batch = pipeline.args.batch
-    batches = []
+    size = pipeline.args.batch
+    batches = []                                      # (rows, their column)
     for column in range(columns):
         missing = [row for row in rows if not files[row, column].exists()]
-        for start in range(0, len(missing), batch):
-            batches.append((missing[start:start + batch], column))
+        for start in range(0, len(missing), size):
+            batches.append((missing[start:start + size], column))
     twosdm.wait_for_all()                             # nobody draws before all have looked
     batches = batches[rank()::twosdm.processes()]
-    total = sum(len(rows) for rows, _ in batches)
 
     device = pipeline.device
     at_once = 1
@@ -317,26 +310,27 @@ def draw_missing(pipeline, files, rows, columns):
         at_once = os.cpu_count()
     times = []
 
-    def draw_batch(rows, column):
+    def draw_batch(batch):
         if device.type == "cuda":
             torch.cuda.set_device(device)             # which is each thread's own
         start = time.perf_counter()
-        pixels = draw(pipeline, rows, column)         # in memory: the GPU has finished
+        pixels = draw(pipeline, *batch)               # in the CPU's memory: the GPU has finished
         times.append([time.perf_counter() - start, len(pixels)])
         return pixels
 
-    # While this thread writes pictures, the others draw the next ones.
+    total = sum(len(batch_rows) for batch_rows, _ in batches)
+    # This thread writes the pictures of a batch while the others draw the next ones.
     with ThreadPoolExecutor(at_once) as threads, twosdm.progress(what=pipeline.method, total=total) as bar:
-        for (rows, column), pixels in zip(batches, threads.map(draw_batch, *zip(*batches))):
-            for row, picture in zip(rows, pixels):
+        for (batch_rows, column), pixels in zip(batches, threads.map(draw_batch, batches)):
+            for row, picture in zip(batch_rows, pixels):
                 twosdm.save_picture(files[row, column], picture)
-            bar.update(len(rows))
+            bar.update(len(pixels))
     twosdm.wait_for_all()
     return times
 
 
 def timing(times, batch, device):
-    """What Table 5 shows. The first batch is left out: it warms up the device."""
+    """What Table 5 shows. The first batch is left out, as it warms up the device."""
     seconds, images = np.sum(times[1:], axis=0)
     name = f"CPU, threads per batch: {torch.get_num_threads()}"
     if device.type == "cuda":
@@ -345,10 +339,15 @@ def timing(times, batch, device):
 
 
 def draw_method(method, paths, args, device):
-    """Draws what the folder of a method with these checkpoints lacks -> the images that its grid shows."""
+    """Draws what a method's folder lacks, and its grid. paths: {stage: checkpoint}.
+
+    -> the images of the grid, (N, R, R, 3) uint8; None in all processes but the first.
+    """
     pipeline = Pipeline(method, paths, args, device)
-    snapshot = paths[METHODS[method]].stem.replace("checkpoint", "")
-    name = folder_name(method, snapshot, args)
+    name = folder_name(method, args)
+    snapshot = paths[METHODS[method]].stem.replace("checkpoint", "")          # "" of the last checkpoint
+    if snapshot:
+        name += "-" + snapshot
     folder = Path(args.samples, args.dataset, name)
     rows, columns = lay_out(args)
     files = name_files(folder, rows, columns)
@@ -359,7 +358,8 @@ def draw_method(method, paths, args, device):
     if rank() > 0:
         return None
     if len(times) > 1:                                # a few images that were missing replace no earlier time
-        keep_settings(folder, settings | dict(timing=timing(times, args.batch, device)))
+        settings["timing"] = timing(times, args.batch, device)
+        keep_settings(folder, settings)
     drawn = twosdm.ImageFiles(folder, pipeline.config.resolution, [file.name for file in files.values()])
     if args.npz:
         with twosdm.written(folder / "samples.npz") as file:
@@ -385,7 +385,7 @@ class Flags:
     dataset: str = "shapes"
     method: list = ()               # of 2sdm, oracle, baseline, joint; default: all that are trained
     y: str = "all"                  # as in training: all, pca:D, kmeans:K or none
-    tag: str = ""                   # take the runs of this tag where there are
+    tag: str = ""                   # take the runs with this tag where there are any
     snapshots: bool = False         # draw with each snapshot of the image model
     checkpoint: list = ()           # files, in place of the runs' own
     runs: str = "runs"              # folder of all runs
@@ -426,7 +426,7 @@ LEAST = {
 
 
 def parse():
-    """-> the `Flags`. Raises UserError for numbers without sense."""
+    """-> the `Flags`. Raises UserError for numbers that are too small, and an unknown --y."""
     args = Flags(**twosdm.parse_flags(Flags, __doc__, CHOICES))
     twosdm.parse_y(args.y)
     for name, least in LEAST.items():
@@ -437,7 +437,7 @@ def parse():
 
 
 def choose_methods(args):
-    """What the flags are about, or else all methods that are trained. Raises UserError if none is."""
+    """-> the methods that the flags name or need, or else all that are trained. UserError if none is."""
     if args.like:
         return ["oracle"]
     if args.method:
@@ -456,7 +456,7 @@ def choose_methods(args):
 
 
 def find_checkpoints(method, args):
-    """-> {stage: file} of a method's networks, whether they are there or not."""
+    """-> {stage: file} of a method's networks, whether they are there or not. UserError for --checkpoint."""
     stages = [METHODS[method]]
     if method == "2sdm" and twosdm.has_prior(args.y):
         stages.append("prior")
@@ -477,9 +477,9 @@ def find_checkpoints(method, args):
 
 
 def folder_name(method, args):
-    """The method and all flags that change its images."""
+    """-> the method and all flags that change its images."""
     name = method
-    if args.y != "all" and method in ("2sdm", "oracle"):
+    if args.y != "all" and METHODS[method] == "image":
         name += "-y=" + args.y.replace(":", "")
     for flag in ("tag", "class_", "seed", "steps", "image_steps", "churn", "guidance", "same_y",
                  "interpolate"):
@@ -506,7 +506,7 @@ def main():
         if args.snapshots:
             files = sorted(paths[stage].parent.glob("snapshot-*.pt"))
         for file in files:
-            pictures[TITLES[method]] = draw_method(method, paths | {stage: file}, args, device)
+            pictures[method] = draw_method(method, paths | {stage: file}, args, device)
     if rank() == 0 and len(pictures) > 1:
         path = Path(args.samples, args.dataset, "grid.png")
         twosdm.save_picture(path, twosdm.titled(pictures, columns=8))

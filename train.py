@@ -191,7 +191,10 @@ def lengths(config, stage):
 # 2 Data, models, loss
 # ============================================================================================================
 class TrainingData:
-    """What a stage learns from: batch(rows) -> x, y, a and augmentation labels of these training images."""
+    """What a stage learns from: batch(rows) -> x, y, a and augmentation labels of these training images.
+
+    Raises UserError for images that are missing, and for --a class without classes.
+    """
 
     def __init__(self, config, stage, device):
         self.config = config
@@ -228,10 +231,10 @@ class TrainingData:
             x, label = self.examples(rows)
         if self.bank is not None:
             view = torch.randint(len(self.bank), (len(rows),)).numpy()
-            found = send(self.bank[view, rows], self.device)                              # (B, D + 9)
-            y = self.embedder.reduce(found[:, :-LABEL_DIM])
+            stored = send(self.bank[view, rows], self.device)                 # (B, embedder's dim + 9)
+            y = self.embedder.reduce(stored[:, :-LABEL_DIM])
             if self.augment is not None:
-                label = found[:, -LABEL_DIM:]
+                label = stored[:, -LABEL_DIM:]
         elif self.embedder is not None:
             y = self.embedder(x)                      # of the augmented image
         if self.config.y_dropout and self.stage == "image":
@@ -257,8 +260,9 @@ class TrainingData:
 
 def no_images(config):
     """Stands for the images of EDM's .pkl, if it is only made a checkpoint (--images 0)."""
-    labels = twosdm.load_edm_pickle(config.init_from).get("map_cond.weight", torch.empty(0, 0))
-    classes = [str(i) for i in range(labels.shape[1])]
+    state = twosdm.load_edm_pickle(config.init_from)
+    of_classes = state.get("map_cond.weight", torch.empty(0, 0))              # (width, number of classes)
+    classes = [str(i) for i in range(of_classes.shape[1])]
     pixels = np.empty((0, config.resolution, config.resolution, 3), np.uint8)
     return twosdm.Images("none", pixels, None, classes, "the file has none")
 
@@ -287,8 +291,8 @@ def find_embedder(config, images, device):
 class Models(nn.Module):
     """What a stage trains: a prior, an image model (the baseline: without y), an embedder, or all of these.
 
-    forward: a batch -> the loss (B,). All three are trained by Overfit-2SDM (Appendix B), whose embedder
-    starts from random weights and learns from both losses through y.
+    forward: a batch of `TrainingData` -> the loss (B,). Overfit-2SDM (Appendix B) trains all three: its
+    embedder starts from random weights and learns from both losses through y.
     Departure: one backward pass of the sum, where the paper accumulates the gradients of two: they are equal.
     """
 
@@ -299,15 +303,12 @@ class Models(nn.Module):
         self.embedder = embedder
 
     def forward(self, x, y, a, label):
-        loss = 0.0
         if self.embedder is not None:
             with full_float32(x.device):              # the prior predicts y, so y is not to be rounded
                 y = self.embedder(x).float()
-        if self.prior is not None:
-            loss = loss + self.prior.loss(y, a, label)                                    # Eq. 4
-        if self.image is not None:
-            loss = loss + self.image.loss(x, twosdm.join(y, a), label)                    # Eq. 5
-        return loss
+        prior_loss = 0.0 if self.prior is None else self.prior.loss(y, a, label)                   # Eq. 4
+        image_loss = 0.0 if self.image is None else self.image.loss(x, twosdm.join(y, a), label)   # Eq. 5
+        return prior_loss + image_loss
 
 
 def describe(config, stage, data):
@@ -356,7 +357,7 @@ def build(config, stage, described, data):
 # 3 The loop
 # ============================================================================================================
 def train(config, stage, device):
-    """Trains one stage to its length, from its checkpoint if there is one."""
+    """Trains one stage to its length, from its checkpoint if there is one. Raises UserError."""
     length, batch, lr = lengths(config, stage)
     team = processes()
     if batch % team:
@@ -369,8 +370,8 @@ def train(config, stage, device):
     model = DistributedDataParallel(run.models) if team > 1 else run.models
     share = batch // team                             # of each batch, for this process
     parts = 1 if stage == "prior" else math.ceil(share / config.batch_gpu)
-    losses = []
-    start = run.seen
+    losses = []                                       # of the parts since the last line of the log
+    start = run.seen                                  # images seen, and the time, at that line
     began = time.time()
     saved = time.time()
     bar = twosdm.progress(what=f"{stage:>8}", total=length, initial=run.seen)
@@ -385,8 +386,8 @@ def train(config, stage, device):
         for i, part in enumerate(np.array_split(rows, parts)):
             x, y, a, label = data.batch(part)
             # Processes add up their gradients once per step, with the last part.
-            alone = model.no_sync() if team > 1 and i < parts - 1 else contextlib.nullcontext()
-            with alone:
+            waits = model.no_sync() if team > 1 and i < parts - 1 else contextlib.nullcontext()
+            with waits:
                 with autocast:
                     loss = model(x, y, a, label)
                 (loss.sum() / share).backward()
@@ -400,8 +401,8 @@ def train(config, stage, device):
         bar.update(batch)
 
         if due(run.seen, batch, length, config.log_every):
-            loss = run.write_log(losses, run.seen - start, began)
-            bar.set_postfix(loss=f"{loss:.4f}")
+            mean_loss = run.write_log(losses, run.seen - start, began)
+            bar.set_postfix(loss=f"{mean_loss:.4f}")
             losses = []
             start = run.seen
             began = time.time()
@@ -418,11 +419,12 @@ def train(config, stage, device):
 
 @functools.lru_cache(maxsize=2)
 def order(total, seed, epoch):
+    """The order of all images in an epoch: (total,)."""
     return np.random.RandomState(mix_seed(seed, epoch)).permutation(total)
 
 
 def shuffled(start, stop, total, seed):
-    """Which images are the training's number start, ..., stop - 1: (stop - start,).
+    """-> (stop - start,) rows: the images that training sees as number start, ..., stop - 1.
 
     Departure: each epoch is a permutation of all images, which follows from (seed, epoch) alone; EDM shuffles
     within a window that moves over the data, which has a memory.
@@ -454,7 +456,7 @@ class Run:
         self.folder = twosdm.run_folder(config.runs, config.dataset, stage, config.y, config.tag)
         self.described = describe(config, stage, data)
         self.models = build(config, stage, self.described, data)
-        # As EDM and the authors do it: weights that are good from the start are not soon to be forgotten.
+        # As EDM and the authors: pretrained weights stay in the average, which has no ramp then.
         ramp = None if config.init_from and stage != "prior" else config.ema_ramp
         self.ema = twosdm.EMA(self.models, config.ema_half_life, ramp)
         # PyTorch's betas and epsilon are EDM's, and there is no weight decay.
@@ -472,6 +474,7 @@ class Run:
                 denoiser.net.compile()
 
     def restore(self, path):
+        """Goes on from a checkpoint. Raises UserError if it was trained with other settings."""
         checkpoint = twosdm.load_checkpoint(path)
         for name, value in self.identity().items():
             old = checkpoint["identity"][name]
@@ -521,10 +524,11 @@ class Run:
         self.save("checkpoint.pt", net=self.models.state_dict(), optimizer=self.optimizer.state_dict())
 
     def mean_loss(self, losses):
-        """Of one number of x or y. Raises UserError if it is not finite."""
+        """The mean of the losses, per number of x and y. Raises UserError if it is not finite."""
         numbers = 0
         for model in self.described.values():
             settings = model["settings"]
+            # A prior has dim numbers of y, an image model C x R x R of x.
             numbers += settings.get("dim") or settings["channels"] * settings["resolution"] ** 2
         loss = sum(losses) / max(len(losses), 1) / numbers
         if not math.isfinite(loss):
@@ -596,8 +600,8 @@ def main():
         for stage in stages:
             train(config, stage, device)
     command = ["python", "sample.py", "--dataset", config.dataset]
-    for name, usual in (("runs", "runs"), ("y", "all"), ("tag", "")):
-        if getattr(config, name) != usual:
+    for name in ("runs", "y", "tag"):
+        if getattr(config, name) != getattr(Config, name):
             command += [f"--{name}", getattr(config, name)]
     say(f"Next: {shlex.join(command)}")
 
@@ -621,6 +625,7 @@ def side_by_side(config, stages, device):
 
 
 def run_child(config, stage, device, row):
+    """Trains one of the stages that are side by side. `row` of the terminal has its progress bar."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # Ctrl-C is for the parent, with which this one ends
     threading.Thread(target=end_with_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())                  # the usual one warns when a process is ended
@@ -630,6 +635,7 @@ def run_child(config, stage, device, row):
 
 
 def end_with_parent():
+    """Waits for the end of the parent, even by kill -9, and ends this process."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

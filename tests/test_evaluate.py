@@ -59,10 +59,17 @@ def values(row):
 
 
 def table(out):
-    """A printed table -> the lists of its cells."""
-    lines = [line.strip("|").split("|") for line in out.splitlines() if line.startswith("| ")]
-    del lines[1]                                              # of dashes
-    return [[cell.strip() for cell in line] for line in lines]
+    """Printed tables -> a dict for each row, whose "evaluation" is the line above its table."""
+    rows = []
+    for line in out.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| method"):
+            head = cells
+        elif line.startswith("| "):
+            rows.append(dict(zip(head, cells), evaluation=title))
+        elif line and not line.startswith("|"):
+            title = line
+    return rows
 
 
 # ------------------------------------------------------------------------------------- images and references
@@ -76,8 +83,8 @@ def test_each_folder_of_independent_images_has_a_row_beside_other_images_of_the_
     found, out = rows()
     again, _ = rows()
     assert found == again and [row["name"] for row in found] == ["2sdm", "baseline", "real"]
-    head, *lines = table(out)
-    assert [line[1] for line in lines] == ["real", "2sdm", "baseline"] and "is_std" not in head
+    lines = table(out)
+    assert [line["method"] for line in lines] == ["real", "2sdm", "baseline"] and "is_std" not in lines[0]
     ours, edm, real = found
     draw(folder / "oracle", world(9000, 9), images="others")
     refused(call(evaluate, cwd=tmp_path), "oracle is of a model that has seen other training images")
@@ -222,23 +229,22 @@ def test_tables_average_training_seeds_and_compare_like_with_like(call, tmp_path
     rows += [result("2sdm-snapshot-0000000016", 3.0, snapshot="snapshot-0000000016")]
     write(tmp_path / "samples/shapes/results.jsonl", rows)
     _, out, _ = call(evaluate, "--tables", cwd=tmp_path)
-    head, *lines = table(out)
-    lines = [dict(zip(head, line)) for line in lines]
+    lines = table(out)
     found = {line["method"]: line for line in lines if "pixels none, 100 images" in line["evaluation"]}
     assert list(found) == ["2sdm", "2sdm-image_steps=9", "2sdm-y=kmeans64", "oracle", "baseline"]
     ours = found["2sdm"]
     gains = [100 * (1 - (2 + s) / (8 + s)) for s in range(3)]
     ratios = [100 * 6 / (7 + s) for s in range(3)]
-    assert ours["runs"] == "3" and ours["fid"] == "3.00 ± 1.00" and ours["precision"] == "0.500 ± 0.000"
+    assert ours["runs"] == "3" and ours["fid"] == "3.000 ± 1.000" and ours["precision"] == "0.500 ± 0.000"
     for name, exact in ("gain", gains), ("ratio", ratios):
         assert ours[name] == f"{np.mean(exact):.1f} ± {np.std(exact, ddof=1):.1f}"
     assert ours["ms per image, batch 64, cpu"] == "21.0 ± 1.0"
     assert ours["ms per image, batch 256, cpu"] == "–"
     assert found["2sdm-y=kmeans64"]["gain"] == "50.0"
-    assert {line["fid"] for line in lines if line["gain"] == "–"} == {"9.00 ± 1.00", "512.3", "7.00"}
+    assert {line["fid"] for line in lines if line["gain"] == "–"} == {"9.000 ± 1.000", "512.3", "7.000"}
     other = write(tmp_path / "other.jsonl", [result("2sdm", 6.0, seed=3)])
     _, out, _ = call(evaluate, "--tables", "samples/shapes/results.jsonl", other, cwd=tmp_path)
-    assert any(line[1:3] == ["2sdm", "4"] for line in table(out))
+    assert any((line["method"], line["runs"]) == ("2sdm", "4") for line in table(out))
 
 
 def test_figures_have_a_curve_for_each_reduction_budget_and_run_and_never_mix_unlike_values(call, tmp_path):
