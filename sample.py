@@ -33,6 +33,12 @@ METHODS = {                                           # and the stage whose mode
     "baseline": "baseline",
     "joint": "joint"
 }
+TITLES = {
+    "2sdm": "2SDM",
+    "oracle": "2SDM with the oracle's y",
+    "baseline": "EDM",
+    "joint": "Overfit-2SDM"
+}
 
 
 # ============================================================================================================
@@ -505,8 +511,10 @@ def main():
         files = [paths[stage]]
         if args.snapshots:
             files = sorted(paths[stage].parent.glob("snapshot-*.pt"))
+            if not files:
+                raise UserError(f"{paths[stage].parent} has no snapshots: train with --snapshot-every 100k")
         for file in files:
-            pictures[method] = draw_method(method, paths | {stage: file}, args, device)
+            pictures[TITLES[method]] = draw_method(method, paths | {stage: file}, args, device)
     if rank() == 0 and len(pictures) > 1:
         path = Path(args.samples, args.dataset, "grid.png")
         twosdm.save_picture(path, twosdm.titled(pictures, columns=8))

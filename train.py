@@ -492,7 +492,8 @@ class Run:
         config = self.config
         _, batch, lr = lengths(config, self.stage)
         return dict(stage=self.stage, images=self.data.images.name, embedder=config.embedder, y=config.y,
-                    augment=config.augment, batch=batch, lr=lr, seed=config.seed, models=self.described)
+                    y_dropout=config.y_dropout, augment=config.augment, vae=config.vae, batch=batch, lr=lr,
+                    init_from=config.init_from, seed=config.seed, models=self.described)
 
     def save(self, name, **more):
         """All that samples need, and `more`: what training goes on from."""
