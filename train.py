@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import twosdm
-from twosdm import LABEL_DIM, UserError, full_float32, mix_seed, processes, rank, say, send
+from twosdm import LABEL_DIM, UserError, cache_of, full_float32, mix_seed, processes, rank, say, send
 
 
 # ============================================================================================================
@@ -265,10 +265,6 @@ def no_images(config):
     classes = [str(i) for i in range(of_classes.shape[1])]
     pixels = np.empty((0, config.resolution, config.resolution, 3), np.uint8)
     return twosdm.Images("none", pixels, None, classes, "the file has none")
-
-
-def cache_of(config):
-    return Path(config.runs, config.dataset, "data")
 
 
 def find_embedder(config, images, device):

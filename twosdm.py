@@ -621,8 +621,8 @@ def scale_weights(layer, factor):
 # 6 Embeddings: e_i(x) -> y
 # ============================================================================================================
 # A backbone is a module with `dim` and forward: (B, 3, H, W) in [-1, 1] -> (B, dim), raw: not normalized.
-# sigma_data = 0.5 stays right as long as its elements have an rms of about 0.5. To add one: write its class,
-# whose one argument is what --embedder-weights names (None: random weights), and enter it in EMBEDDERS.
+# Its elements should have an rms of about 0.5, which sigma_data = 0.5 expects. To add one, write its class
+# and enter it in EMBEDDERS. The one argument is what --embedder-weights names; None means random weights.
 
 
 class ClipEmbedder(nn.Module):
@@ -787,13 +787,12 @@ REDUCTIONS = {"pca": PCA, "kmeans": KMeans}
 
 
 def parse_y(y):
-    """--y: all or none -> (that, 0); pca:D or kmeans:K -> ("pca" or "kmeans", the number). UserError."""
-    match = re.fullmatch(r"(all|none)|(pca|kmeans):([1-9]\d*)", y)
-    if match is None:
+    """--y -> (kind, size): ("all", 0), ("none", 0), ("pca", D) or ("kmeans", K). Raises UserError."""
+    if y in ("all", "none"):
+        return y, 0
+    kind, _, size = y.partition(":")
+    if kind not in REDUCTIONS or not re.fullmatch(r"[1-9]\d*", size):
         raise UserError(f"--y {y} is unknown: choose all, pca:D, kmeans:K (such as pca:32) or none")
-    whole, kind, size = match.groups()
-    if whole:
-        return whole, 0
     return kind, int(size)
 
 
@@ -804,9 +803,10 @@ def has_prior(y):
 
 
 class Embedder(nn.Module):
-    """e_i: a backbone, named as in EMBEDDERS, and a PCA or KMeans of what it says, or None for all of it.
+    """e_i: a backbone, named as in EMBEDDERS, and a PCA or KMeans of its embeddings, or None.
 
-    forward: (B, 3, H, W) in [-1, 1] -> y (B, D). `weights`: where those of the backbone are from.
+    forward: (B, 3, H, W) in [-1, 1] -> y (B, D). `weights`: the file or name that the backbone loads its
+    weights from. Raises UserError.
     """
 
     def __init__(self, name, weights=None):
@@ -818,19 +818,19 @@ class Embedder(nn.Module):
 
     @property
     def dim(self):
-        part = self.backbone if self.reduction is None else self.reduction
-        return part.dim
+        """D, the dimension of y."""
+        return (self.reduction or self.backbone).dim
 
     def forward(self, x):
         return self.reduce(self.embed(x))
 
     def embed(self, x):
-        """All that the backbone says: (B, 3, H, W) -> (B, dim), the same in every stage and on every GPU."""
+        """The backbone alone: (B, 3, H, W) -> (B, dim). Every stage and every GPU computes the same."""
         with full_float32(x.device):
             return self.backbone(x).float()
 
     def reduce(self, embeddings):
-        """What of it is kept: (B, dim) -> y (B, D)."""
+        """The reduction alone: (B, dim) of the backbone -> y (B, D)."""
         if self.reduction is None:
             return embeddings
         with full_float32(embeddings.device):
@@ -838,7 +838,7 @@ class Embedder(nn.Module):
 
 
 def fit_reduction(y, rows):
-    """--y and the training images' embeddings (N, D) -> PCA or KMeans. Raises UserError."""
+    """--y pca:D or kmeans:K and the backbone's embeddings (N, dim) -> PCA or KMeans. Raises UserError."""
     kind, size = parse_y(y)
     most = rows.shape[1] if kind == "pca" else len(rows)
     if size > most:
@@ -847,7 +847,7 @@ def fit_reduction(y, rows):
 
 
 def pack_embedder(embedder):
-    """What a checkpoint keeps of an `Embedder`: all but the weights of the public CLIP."""
+    """What a checkpoint keeps of an `Embedder`, as a dict: all but the weights of the public CLIP."""
     packed = dict(name=embedder.name, weights=embedder.weights, fingerprint=fingerprint(embedder.backbone))
     if embedder.name != "clip":
         packed["state"] = embedder.backbone.state_dict()
@@ -858,7 +858,7 @@ def pack_embedder(embedder):
 
 
 def unpack_embedder(packed, weights=None):
-    """A checkpoint's `Embedder`. `weights`: where CLIP's are now, if not where they were. UserError."""
+    """The `Embedder` of a checkpoint. `weights`: CLIP's, if they have moved. Raises UserError."""
     if packed["name"] == "clip":
         embedder = Embedder("clip", weights or packed["weights"])
         if fingerprint(embedder.backbone) != packed["fingerprint"]:
@@ -872,11 +872,11 @@ def unpack_embedder(packed, weights=None):
 
 
 @torch.no_grad()
-def embedding_bank(images, embedder, folder, augment=None, views=1, device="cpu", batch=256):
-    """A data set's embeddings, whole: (views, N, D + 9) float32, mapped, of [y, augmentation label].
+def embedding_bank(images, embedder, folder, augment=None, views=1, device="cpu"):
+    """The backbone's embeddings of all images: (views, N, dim + 9) float32, mapped; 9: augmentation label.
 
-    Computed once: the prior is tiny and CLIP is not, and trained from this bank it never waits for CLIP.
-    View v of image i is an augmentation of its own; without augmentation there is one view.
+    They are computed once: the prior is tiny and CLIP is not, so that the prior never waits for CLIP. Each
+    view of an image is another augmentation. Without augmentation there is one view, and its labels are 0.
     Departure: the paper augments anew each time; here there are `views` of each image.
     """
     name = f"bank-{images.name}-{embedder.name}-{fingerprint(embedder.backbone)}"
@@ -895,7 +895,7 @@ def embedding_bank(images, embedder, folder, augment=None, views=1, device="cpu"
         return torch.cat([embedder.embed(x), label], dim=1).cpu().numpy()
 
     shape = (views * N, embedder.backbone.dim + LABEL_DIM)
-    bank = made_once(Path(folder, f"{name}.rows"), shape, np.float32, embed, "embedding", batch)
+    bank = made_once(folder, name, shape, np.float32, embed, "embedding")
     return bank.reshape(views, N, -1)
 
 
@@ -1064,12 +1064,11 @@ COLORS = {                                            # hue in degrees
     "purple": 275,
     "pink": 325
 }
-COUNTS = ["one", "two", "three", "four"]
 ATTRIBUTES = {                                        # how many values each has
     "shape": len(SHAPES),
     "color": len(COLORS),
     "background": len(COLORS),
-    "count": len(COUNTS)
+    "count": 4                                        # one to four objects
 }
 QUADRANTS = torch.tensor([                            # to be countable, objects sit in different ones
     [-0.48, -0.48],
@@ -1121,7 +1120,10 @@ def signed_distance(shape, x, y):
 
 
 def shapes_attributes(index, seed=0):
-    """(N,) -> dict of (N,) int64: what image i shows. Background and objects always differ in color."""
+    """(N,) int64 -> {each of ATTRIBUTES: (N,) int64}: what image i shows.
+
+    Background and objects always differ in color.
+    """
     u = uniform(seed, index, 4)
     color = (u[:, 1] * len(COLORS)).long()
     other = 1 + (u[:, 2] * (len(COLORS) - 1)).long()
@@ -1129,7 +1131,7 @@ def shapes_attributes(index, seed=0):
         "shape": (u[:, 0] * len(SHAPES)).long(),
         "color": color,
         "background": (color + other) % len(COLORS),
-        "count": (u[:, 3] * len(COUNTS)).long()       # less one
+        "count": (u[:, 3] * 4).long()                 # less one
     }
 
 
@@ -1173,9 +1175,9 @@ def shapes_images(index, resolution, seed=0):
 
 
 def train_small_clip(images, steps=700, batch=64, lr=2e-3, dim=64):
-    """The weights of the world's `SmallClip`, by CLIP's symmetric loss (Radford et al. 2021, Fig. 3).
+    """Trains the world's `SmallClip` by CLIP's symmetric loss (Radford et al. 2021, Fig. 3) -> state dict.
 
-    `images` are the first of the world; a caption is four words, the values of ATTRIBUTES.
+    `images` are the first of the world. A caption is four words, one of each of ATTRIBUTES.
     """
     torch.manual_seed(0)                              # y is part of the data: the same for every --seed
     captions = []
@@ -1203,27 +1205,28 @@ def train_small_clip(images, steps=700, batch=64, lr=2e-3, dim=64):
         (of_images + of_captions).backward()
         optimizer.step()
 
-    # A short training of prior and image model learns few numbers better than many: of the 64 numbers the
-    # first principal components, at CLIP's rms, become the last layer.
+    # A short training of prior and image model learns few numbers better than many. So the last layer is
+    # changed to give the first principal components of the 64 numbers, at an rms of 0.5, about CLIP's.
     with torch.no_grad():
         y = vision(images.batch(np.arange(min(len(images), 5000))))
         pca = PCA.fit(y, SmallClip.dim)
         scale = 0.5 / pca.transform(y).square().mean().sqrt()
         weight = scale * pca.basis.T @ vision.out.weight
         bias = scale * pca.transform(vision.out.bias)
-        vision.out = nn.Linear(128, SmallClip.dim)
-        vision.out.weight.copy_(weight)
-        vision.out.bias.copy_(bias)
-    return vision.state_dict()
+    return vision.state_dict() | {"out.weight": weight, "out.bias": bias}
 
 
 def embedder_weights(config):
-    """Where the weights of --embedder are. The world's own CLIP is trained here, once, on all of it."""
+    """What --embedder loads its weights from. The world's own CLIP is trained here, once, on all images."""
     if config.embedder != "shapes":
         return config.embedder_weights
-    folder = Path(config.runs, config.dataset, "data")
-    path = folder / f"clip-{config.resolution}-{config.size}.pt"
-    cached(path, lambda: train_small_clip(shapes_world(config.size, config.resolution, folder)))
+    cache = cache_of(config)
+
+    def train():
+        return train_small_clip(shapes_world(config.size, config.resolution, cache))
+
+    path = cache / f"clip-{config.resolution}-{config.size}.pt"
+    cached(path, train)
     return str(path)
 
 
@@ -1234,15 +1237,14 @@ def embedder_weights(config):
 class Images:
     """A set of images: pixels (N, R, R, 3) uint8, in memory, mapped, or an `ImageFiles`.
 
-    `name` tells it from others: caches are named after it. labels (N,) int64 or None, the names of the
-    classes, or why there are none, and, if there are any, the latents' moments (N, 2C, r, r) float16, as
-    `Autoencoder.encode` says.
+    `name` tells it from all others; caches are named after it. labels: (N,) int64, or None if there are no
+    classes. latents: the moments (N, 2C, r, r) float16 that `Autoencoder.encode` returns, or None.
     """
     name: str
     pixels: "np.ndarray | ImageFiles"
     labels: np.ndarray | None = None
-    classes: list | tuple = ()
-    why_no_classes: str = ""
+    classes: list | tuple = ()          # their names
+    why_no_classes: str = ""            # for the error, where there are none
     latents: np.ndarray | None = None
 
     def __len__(self):
@@ -1259,32 +1261,32 @@ class Images:
 
 
 def send(array, device):
-    """An array or CPU tensor -> tensor on the device; to a GPU without waiting for what it is doing."""
-    array = np.require(array, requirements="W")       # a copy of what is only mapped
+    """An array or CPU tensor -> tensor on the device. A GPU is not waited for."""
+    array = np.require(array, requirements="W")       # copies a mapped array, which is read-only
     tensor = torch.from_numpy(array)
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
-def made_once(path, shape, dtype, make, what, batch=256):
-    """An array of this shape, mapped, whose rows make(start, stop) makes once and for all.
+def made_once(folder, name, shape, dtype, make, what, batch=256):
+    """The array of folder/name.rows, mapped: `shape` (N, ...). make(start, stop) makes its rows, once.
 
-    They are appended to a .part file, so that a killed process goes on where it was, to the bit; the finished
-    file arrives by a rename. Another process that wants it waits.
+    They are appended to a .part file, so that a killed process goes on where it was, to the bit. The finished
+    file arrives by a rename. Another process that wants it waits. `what` names the progress bar.
     """
-    total, *row = shape
-    row_bytes = math.prod(row) * np.dtype(dtype).itemsize
+    path = Path(folder, f"{name}.rows")
+    batch_bytes = batch * math.prod(shape[1:]) * np.dtype(dtype).itemsize
     with locked(path.with_suffix(".lock")) as alone:
         # Where there are no locks, several processes may make the same.
         part = path.with_suffix(".part" if alone else f".{os.getpid()}.part")
-        if not path.exists() or path.stat().st_size != total * row_bytes:
+        if not path.exists():
             with open(part, "ab") as file:
-                done = file.tell() // (row_bytes * batch) * batch         # whole batches, as they are made
-                file.truncate(done * row_bytes)
-                for start in progress(range(done, total, batch), what, " batches"):
-                    made = np.ascontiguousarray(make(start, min(start + batch, total)), dtype)
-                    file.write(made.data)
+                batches = file.tell() // batch_bytes                      # whole ones, which are kept
+                file.truncate(batches * batch_bytes)
+                for start in progress(range(batches * batch, shape[0], batch), what, " batches"):
+                    made = make(start, min(start + batch, shape[0]))
+                    file.write(np.ascontiguousarray(made, dtype).data)
             os.replace(part, path)
     try:
         return np.memmap(path, dtype, "r", shape=shape)
@@ -1292,10 +1294,10 @@ def made_once(path, shape, dtype, make, what, batch=256):
         return np.fromfile(path, dtype).reshape(shape)
 
 
-SUFFIXES = [".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
-            ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".tga"]
-READERS = Image.registered_extensions()               # of the installed Pillow
-SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix in READERS)
+RASTER = [".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+          ".pbm", ".pnm", ".avif", ".jp2", ".tga"]
+READERS = Image.registered_extensions()               # of the installed Pillow: {suffix: format}
+SUFFIXES = tuple(suffix for suffix in RASTER if suffix in READERS)
 FORMATS = [READERS[suffix] for suffix in SUFFIXES]
 # Long texts beside a picture are not used here, but Pillow would refuse the picture.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**30
@@ -1306,9 +1308,10 @@ warnings.filterwarnings("ignore", module="PIL")       # on odd EXIF, palettes an
 class ImageFiles:
     """The images of a folder or zip, at any depth, read when they are looked at.
 
-    `names` (N), with / between folders; `files[rows]` -> (B, R, R, 3) uint8, center squares. Without a
+    `names` (N,) have / between folders; `files[rows]` -> (B, R, R, 3) uint8, center squares. Without a
     resolution, all must be squares of one size. Unless names are given, the source is listed: `listed` is
-    {name of any file: its size}, `folders` has all folders. Raises UserError.
+    {name of any file: its size}, `folders` has all folders. skip_bad leaves out what cannot be read, which
+    needs a resolution. Raises UserError.
     """
 
     def __init__(self, source, resolution=None, names=None, skip_bad=False):
@@ -1319,13 +1322,15 @@ class ImageFiles:
             if "settings.json" in self.listed and "grid.png" in names:
                 names.remove("grid.png")              # sample.py's picture of all
         self.names = np.array(names)
+        self.resolution = resolution
         if skip_bad:
             good = list(progress(self.each(self.is_good, names), "checking"))
             self.names = self.names[good]
         if len(self.names) == 0:
             raise UserError(f"{source} holds no images to be read ({' '.join(SUFFIXES)}): give another path")
-        resolution = resolution or self.common_size()
-        self.shape = (len(self.names), resolution, resolution, 3)
+        if resolution is None:
+            self.resolution = self.common_size()
+        self.shape = (len(self.names), self.resolution, self.resolution, 3)
 
     def __len__(self):
         return len(self.names)
@@ -1334,13 +1339,13 @@ class ImageFiles:
         return np.stack(list(self.each(self.load, self.names[rows])))
 
     def each(self, function, names):
-        """Yields the function of each name, by threads: decoding needs no interpreter."""
+        """Yields function(name) of each name, by threads: Pillow decodes without Python's global lock."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             yield from pool.map(function, names)
 
-    @functools.cached_property
+    @property
     def key(self):
-        """12 digits that change with names, sizes and, of at most a hundred images, the bytes."""
+        """12 hexadecimal digits of names and sizes, and of the bytes of at most a hundred images."""
         parts = [repr([(name, self.listed[name]) for name in self.names.tolist()])]
         for name in self.names[::len(self) // 100 + 1]:
             with self.reading(name) as file:
@@ -1349,10 +1354,11 @@ class ImageFiles:
 
     @functools.cached_property
     def archive(self):
+        """The zip and its entries, opened when first needed: a prepared set may have lost its source."""
         return open_zip(self.source)
 
     def content(self, name):
-        """The bytes of a file."""
+        """The bytes of any file of the folder or zip."""
         if self.source.is_dir():
             return Path(self.source, name).read_bytes()
         archive, entries = self.archive
@@ -1373,16 +1379,18 @@ class ImageFiles:
     def load(self, name):
         """The name of an image -> (R, R, 3) uint8."""
         with self.reading(name) as file:
-            return read_square(file, self.shape[1])
+            return read_square(file, self.resolution)
 
     def is_good(self, name):
-        with suppress(UserError), self.reading(name) as file:
-            read_square(file, 8)
-            return True
-        return False
+        """Whether an image can be read."""
+        try:
+            self.load(name)
+        except UserError:
+            return False
+        return True
 
     def common_size(self):
-        """The side of all images, which must be squares."""
+        """The side of all images, from the heads of their files. UserError unless all are such squares."""
         side = None
         for name in self.names:
             with self.reading(name) as file:
@@ -1395,7 +1403,7 @@ class ImageFiles:
 
 
 def open_zip(source):
-    """-> an open zip, and its entries by the names that the files have when unpacked. Raises UserError."""
+    """-> an open zip, and {name of a file when unpacked: its entry}. Raises UserError."""
     try:
         archive = zipfile.ZipFile(source)
     except (OSError, zipfile.BadZipFile) as error:
@@ -1405,14 +1413,14 @@ def open_zip(source):
 
 
 def plain_name(name):
-    """The path of a file below a folder, plain, of what Windows or an archiver makes of it."""
+    """A path in a zip, with / and without ./ and the like: Windows and archivers write others."""
     return posixpath.normpath("./" + name.replace("\\", "/"))
 
 
 def list_files(source):
-    """A folder or zip -> {name of a file below it: its size}, its folders {Path}.
+    """A folder or zip -> {name of each file below it: its size}, and the set of its folders' Paths.
 
-    What is hidden is left out. Raises UserError.
+    Hidden files and folders are left out. Raises UserError.
     """
     files = {}
     folders = {Path()}
@@ -1439,7 +1447,7 @@ def list_files(source):
 
 
 def everything(folder):
-    """Yields a folder and all that is below it; links to a folder above would never end."""
+    """Yields a folder and all paths below it, but no link to a folder above, which would never end."""
     yield folder
     for path in folder.iterdir():
         if is_hidden(path.name):
@@ -1451,14 +1459,14 @@ def everything(folder):
 
 
 def is_hidden(name):
-    """Whether a part of a path begins with a dot, or a Mac has left it in a zip."""
+    """Whether a part of a path begins with a dot, or is what a Mac adds to a zip."""
     return "/." in f"/{name}" or "__MACOSX" in name
 
 
 def find_labels(files):
-    """The classes of listed `ImageFiles` -> labels [N] or None, names of the classes, why there are none.
+    """The classes of listed `ImageFiles` -> labels, a list of N numbers or None; their names; why none.
 
-    They come from EDM's dataset.json, if there is one, or are the innermost folders, so that {train,test}/cat
+    They are those of EDM's dataset.json, if there is one, or the innermost folders: train/cat and test/cat
     are one class. Raises UserError.
     """
     tables = [name for name in files.listed if posixpath.basename(name) == "dataset.json"]
@@ -1478,7 +1486,7 @@ def find_labels(files):
 
 
 def read_labels(files, table):
-    """EDM's {"labels": [[name, number], ...]}, or null, in the file `table` -> as `find_labels`."""
+    """EDM's {"labels": [[name, number], ...] or null} in the file `table` -> as `find_labels`. UserError."""
     where = f"{table} in {files.source}"
     folder = posixpath.dirname(table)
     try:
@@ -1492,14 +1500,14 @@ def read_labels(files, table):
     labels = []
     for name in files.names:
         number = numbers.get(same_letters(name))
-        if number not in range(100_000):              # 1.0 is
+        if number not in range(100_000):              # 1.0 is in it
             raise UserError(f"{where} has for {name} the label {number}, not a whole number from 0: mend it")
         labels.append(int(number))
     return labels, [str(i) for i in range(max(labels) + 1)], ""
 
 
 def same_letters(name):
-    """A path, plain; an accented letter may be one character or two."""
+    """A plain path with each accented letter as one character; file systems may have two."""
     return unicodedata.normalize("NFC", plain_name(name))
 
 
@@ -1515,20 +1523,20 @@ TURNS = {                                             # EXIF's orientations
 
 
 def open_image(file):
-    """The bytes of an image file -> loaded Pillow image. Raises what Pillow raises."""
+    """The bytes of an image file -> Pillow image, decoded. Raises what Pillow raises."""
     image = Image.open(io.BytesIO(file), formats=FORMATS)
-    image.load()                                      # now: a GIF or TIFF settles its mode only here
+    image.load()                                      # a GIF's or TIFF's mode is known only after this
     return image
 
 
 def open_cut_image(file):
-    """A JPEG that lacks nothing but its end mark is sound. Raises what Pillow raises for all others."""
+    """As `open_image`, but a JPEG may lack its end mark. If it lacks pixels, it is refused."""
     try:
         return open_image(file)
     except OSError:
         file = file.removesuffix(b"\xff")             # the first half of the mark
         image = open_image(file + b"\xff\xd9")
-        # Where pixels lack, libjpeg takes 0s; other bytes would give others.
+        # If pixels are missing, libjpeg takes zeros for them; other bytes then give another image.
         other = open_image(file + b"\xaa" * 999 + b"\xff\xd9")
         if image.tobytes() != other.tobytes():
             raise
@@ -1560,14 +1568,18 @@ def read_square(file, resolution):
 
 
 def resized(image, resolution):
+    """Pillow image -> Pillow image, R x R, RGB."""
     return image.convert("RGB").resize((resolution, resolution), Image.LANCZOS)
 
 
 def eight_bits(image):
     """A 16-bit gray image, 0 = black -> one of 8 bits, rounded. Raises ValueError for other kinds."""
-    tags = getattr(image, "tag_v2", {})               # a TIFF's: its bits, whether 0 is white, its sign
-    kind = (tags.get(258, (16,)), tags.get(262, 1), tags.get(339, (1,)))
-    if kind != ((16,), 1, (1,)) or image.mode == "F" or "transparency" in image.info:
+    tags = getattr(image, "tag_v2", {})               # a TIFF's
+    bits = tags.get(258, (16,))
+    meaning = tags.get(262, 1)                        # of 0: 1 is black, 0 white
+    sign = tags.get(339, (1,))                        # 1: unsigned
+    usual = bits == (16,) and meaning == 1 and sign == (1,)
+    if not usual or image.mode == "F" or "transparency" in image.info:
         raise ValueError("neither of 8 bits nor of 16, black to white: save it as such a PNG")
     gray = (np.asarray(image, np.int64) + 128) // 257
     return Image.fromarray(gray.astype(np.uint8))
@@ -1576,11 +1588,12 @@ def eight_bits(image):
 def prepare_images(source, resolution, cache, skip_bad=False, keep_pixels=True):
     """All images of a folder or zip as `Images` at R x R, prepared once in the folder `cache`, then mapped.
 
-    From then on the source is not needed, unless pixels are not kept; of its folders the times alone are
+    From then on the source may be gone, unless keep_pixels is False, and only the times of its folders are
     looked at. Raises UserError if an image cannot be read, unless `skip_bad`.
     """
     source = Path(source).absolute()
     path = Path(cache, f"{source.stem}-{hash_of(str(source), str(skip_bad))[:6]}-{resolution}.set")
+    # JSON: a million names are read in a second.
     known = json.loads(cached(path, lambda: json.dumps(survey(source, resolution, skip_bad))))
     if source.exists() and times_of(known["times"]) != known["times"]:
         say(f"{source} has changed since it was prepared; the images are used as they were then. To prepare "
@@ -1591,23 +1604,24 @@ def prepare_images(source, resolution, cache, skip_bad=False, keep_pixels=True):
     files = ImageFiles(source, resolution, known["names"])
     images = Images(known["name"], files, labels, known["classes"], known["why_no_classes"])
     if keep_pixels:
-        rows = Path(cache, f"{images.name}.rows")
+        def read(start, stop):
+            return files[start:stop]
+
         try:
-            images.pixels = made_once(rows, files.shape, np.uint8, lambda start, stop: files[start:stop],
-                                      "preparing", batch=512)
+            images.pixels = made_once(cache, images.name, files.shape, np.uint8, read, "preparing", batch=512)
         except UserError:
-            path.unlink(missing_ok=True)              # it is looked at anew when the user has mended it
+            path.unlink(missing_ok=True)              # the source is listed anew when the user has mended it
             raise
     return images
 
 
 def times_of(places):
-    """Paths -> {path: when something was added or removed there}, of those that exist."""
+    """Paths -> {path: time of the last change}, without missing ones. A folder's: a file came or went."""
     return {str(place): os.path.getmtime(place) for place in places if os.path.exists(place)}
 
 
 def survey(source, resolution, skip_bad):
-    """Lists a folder or zip, says what is there -> what is to be known of it without looking again."""
+    """Lists a folder or zip and prints what is there -> dict of all that later starts need. UserError."""
     files = ImageFiles(source, resolution, skip_bad=skip_bad)
     names = files.names.tolist()
     labels, classes, why_no_classes = find_labels(files)
@@ -1636,13 +1650,13 @@ def shapes_world(total, resolution, cache, first=0):
 
     name = f"shapes-{resolution}-{first}-{first + total}"
     shape = (total, resolution, resolution, 3)
-    pixels = made_once(Path(cache, f"{name}.rows"), shape, np.uint8, draw, "drawing")
+    pixels = made_once(cache, name, shape, np.uint8, draw, "drawing")
     labels = shapes_attributes(torch.arange(first, first + total))["shape"].numpy()
     return Images(name, pixels, labels, SHAPES)
 
 
 TORCHVISION = {"cifar10": "CIFAR10", "fashion-mnist": "FashionMNIST"}
-HOMES = {                                             # where the paper's data sets are had, and others
+HOMES = {                                             # where to get the data sets
     "afhq": "AFHQv2 is at github.com/clovaai/stargan-v2",
     "ffhq": "FFHQ is at github.com/NVlabs/ffhq-dataset",
     "imagenet": "ImageNet's training images are at image-net.org",
@@ -1652,20 +1666,21 @@ HOMES = {                                             # where the paper's data s
 
 
 def torchvision_images(config, cache, train):
-    """The training or test set of a data set of torchvision's, at R x R, in RGB; downloaded once. UserError."""
+    """A data set of torchvision, its training or test set, at R x R, in RGB; downloaded once. UserError."""
     import torchvision                                # a second to import
     kind = getattr(torchvision.datasets, TORCHVISION[config.dataset])
     folder = Path(config.data or cache)
     with locked(Path(cache, "download.lock")):
         try:
-            for packed in folder.glob("*-ubyte.gz"):                      # Fashion-MNIST's, as it is published
+            for packed in folder.glob("*-ubyte.gz"):                      # Fashion-MNIST, as it is published
                 folder = cache
                 with written(Path(cache, "FashionMNIST/raw", packed.stem)) as file:
                     file.write(gzip.decompress(packed.read_bytes()))
             data = kind(folder, train=train, download=True)
         except Exception as error:                    # no connection, or damaged files
-            raise UserError(f"{config.dataset} cannot be had ({one_line(error)}): {HOMES[config.dataset]}; put "
-                            f"what there is into a folder and give --data FOLDER") from error
+            raise UserError(f"{config.dataset} cannot be loaded ({one_line(error)}): "
+                            f"{HOMES[config.dataset]}; put what is there into a folder and give --data FOLDER"
+                            ) from error
     given = np.ascontiguousarray(data.data)           # (N, H, W, 3), or (N, H, W) if gray
 
     def resize(start, stop):
@@ -1673,12 +1688,12 @@ def torchvision_images(config, cache, train):
 
     name = f"{config.dataset}-{config.resolution}-{hash_of(given)}"
     shape = (len(given), config.resolution, config.resolution, 3)
-    pixels = made_once(Path(cache, f"{name}.rows"), shape, np.uint8, resize, "preparing")
+    pixels = made_once(cache, name, shape, np.uint8, resize, "preparing")
     return Images(name, pixels, np.asarray(data.targets), data.classes)
 
 
 def find_source(config, cache):
-    """Where a data set is: at --data, in what is prepared already, or in data/. Raises UserError."""
+    """Where a data set is: at --data, where the prepared set came from, or in data/. Raises UserError."""
     if config.data:
         return Path(config.data)
     if config.dataset == "folder":
@@ -1690,16 +1705,21 @@ def find_source(config, cache):
     for place in (Path("data", name), Path("data", f"{name}.zip")):
         if place.exists():
             return place
-    raise UserError(f"--dataset {config.dataset} needs its images: {HOMES[name]}; put them into data/{name} or "
-                    f"data/{name}.zip, or give --data FOLDER_OR_ZIP")
+    raise UserError(f"--dataset {config.dataset} needs its images: {HOMES[name]}; put them into data/{name} "
+                    f"or data/{name}.zip, or give --data FOLDER_OR_ZIP")
+
+
+def cache_of(config):
+    """The folder of all that is prepared for a data set."""
+    return Path(config.runs, config.dataset, "data")
 
 
 def load_images(config, autoencoder=None):
-    """The training images of a configuration of train.py, with latents if there is an autoencoder. UserError.
+    """The training images of a configuration of train.py, with latents if there is an autoencoder.
 
-    `config` has runs, dataset, data, resolution, size, limit and skip_bad.
+    `config` has runs, dataset, data, resolution, size, limit, skip_bad and vae. Raises UserError.
     """
-    cache = Path(config.runs, config.dataset, "data")
+    cache = cache_of(config)
     if config.dataset == "shapes":
         images = shapes_world(config.size, config.resolution, cache)
     elif config.dataset in TORCHVISION:
@@ -1719,8 +1739,8 @@ def load_images(config, autoencoder=None):
 
 
 def test_images(config, total):
-    """At most `total` images of the same kind that no model has seen, or None if there are none."""
-    cache = Path(config.runs, config.dataset, "data")
+    """Images that no model was trained on, at most `total`, or None if the data set has none. UserError."""
+    cache = cache_of(config)
     if config.dataset == "shapes":
         return shapes_world(total, config.resolution, cache, first=config.size)
     if config.dataset not in TORCHVISION:
@@ -1754,8 +1774,8 @@ class Autoencoder(nn.Module):
         try:
             self.model = AutoencoderKL.from_pretrained(weights)
         except (OSError, ValueError) as error:
-            raise UserError(f"the autoencoder '{weights}' cannot be loaded ({one_line(error)}): connect once, "
-                            f"or give --vae FOLDER with its config.json and weights") from error
+            raise UserError(f"the autoencoder '{weights}' cannot be loaded ({one_line(error)}): connect "
+                            f"once, or give --vae FOLDER with its config.json and weights") from error
         self.model.float().eval().requires_grad_(False)
         self.name = f"{Path(weights).name}-{fingerprint(self.model)}"
         self.register_buffer("mean", torch.tensor(LATENT_MEAN)[:, None, None], persistent=False)
@@ -1798,9 +1818,10 @@ def latents_of(images, autoencoder, cache):
             return autoencoder.encode(x).cpu().numpy()
 
     side = images.resolution // 8
-    path = Path(cache, f"latents-{images.name}-{autoencoder.name}.rows")
+    name = f"latents-{images.name}-{autoencoder.name}"
+    shape = (len(images), 8, side, side)
     batch = 64 if device.type == "cuda" else 8
-    return made_once(path, (len(images), 8, side, side), np.float16, encode, "encoding", batch)
+    return made_once(cache, name, shape, np.float16, encode, "encoding", batch)
 
 
 # ============================================================================================================
@@ -1810,14 +1831,14 @@ class UserError(Exception):
     """A mistake that only the user can mend: one sentence with the remedy, printed without a traceback."""
 
 
-PLACES = {                                            # errors of a place that users can mend
+PLACES = {                                            # errors of paths and disks, which users can mend
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
     errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG
 }
 
 
 def run(main):
-    """Runs a script's main; a mistake of the user's ends in one sentence and exit code 1, no traceback.
+    """Runs a script's main. A user's mistake ends in one sentence and exit code 1, without a traceback.
 
     What nobody foresaw keeps its traceback.
     """
@@ -1837,8 +1858,8 @@ def run(main):
     except OSError as error:
         if error.errno not in PLACES:
             raise
-        fail(f"{error.filename or 'writing'}: {error.strerror}: mend that, or choose another place; nothing "
-             f"that was there is lost, and the same command goes on")
+        fail(f"{error.filename or 'writing'}: {error.strerror}: mend that, or choose another place; no file "
+             f"is lost, and the same command goes on")
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
@@ -1848,8 +1869,9 @@ def run(main):
 
 
 def fail(sentence):
+    """Prints the sentence and ends the process; of several processes that fail alike, the first one prints."""
     if rank() > 0:
-        time.sleep(5)                                 # where all fail alike, torchrun stops these before
+        time.sleep(5)                                 # until torchrun stops this one
     sys.exit(f"error: {sentence}")
 
 
@@ -1860,7 +1882,7 @@ def one_line(error):
 
 
 def number(text):
-    """'0.25' -> 0.25, '25M' -> 25000000, '500k' -> 500000; what is negative or no number is refused."""
+    """'0.25' -> 0.25, '25M' -> 25000000, '500k' -> 500000. ValueError if negative, or no number."""
     scale = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
     value = float(text.rstrip("kKmM")) * scale
     if not 0 <= value < math.inf:
@@ -1869,22 +1891,24 @@ def number(text):
 
 
 def whole_number(text):
+    """'25M' -> 25000000."""
     return round(number(text))
 
 
 def whole_numbers(text):
+    """'1,2' -> (1, 2)."""
     return tuple(int(part) for part in text.split(","))
 
 
-def parse_flags(settings, description, choices, epilog=""):
-    """The command line, with a flag for each field of a dataclass -> {name: value} of those given.
+def parse_flags(settings, description, choices):
+    """The command line, with a flag for each field of the dataclass `settings` -> {field: value}, if given.
 
-    --help shows the dataclass, with its defaults and comments.
+    choices: {field: its allowed values}. --help shows the dataclass, with its defaults and comments.
     """
     parser = argparse.ArgumentParser(
         usage="python %(prog)s [--FLAG VALUE ...]",
         description=description,
-        epilog=inspect.getsource(settings) + epilog,
+        epilog=inspect.getsource(settings),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False
@@ -1901,17 +1925,17 @@ def parse_flags(settings, description, choices, epilog=""):
     return vars(parser.parse_args())
 
 
-bar_row = 0                                           # of the terminal, for the bars of this process
+bar_row = 0                                           # the terminal's row of this process's bars
 
 
 def progress(iterable=None, what="", unit=" images", **more):
-    """The progress bar of everything; of several processes the first one shows it."""
+    """The one progress bar; of several processes only the first shows it. `more`: tqdm's total, initial."""
     return tqdm(iterable, what, unit=unit, unit_scale=True, dynamic_ncols=True, position=bar_row,
                 leave=False, disable=rank() > 0, **more)
 
 
 def say(text):
-    """Prints a line, of several processes the first, above the bars."""
+    """Prints a line above the bars; of several processes only the first does."""
     if rank() == 0:
         tqdm.write(text)
 
@@ -1922,7 +1946,7 @@ def mix_seed(*numbers):
 
 
 def hash_of(*parts):
-    """12 hexadecimal digits of the sha256 of strings, bytes and arrays, one after the other."""
+    """12 hexadecimal digits: the sha256 of strings, bytes and arrays, one after the other."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, str):
@@ -1949,20 +1973,20 @@ def written(path):
 
 @contextmanager
 def locked(path):
-    """Holds a lock that ends with the process; another's is waited for. Gives whether there are locks."""
+    """Waits for the lock `path` and holds it; it ends with the process. Gives whether there are locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
-            import fcntl                              # which Windows has not
+            import fcntl                              # Windows lacks it
             fcntl.flock(file, fcntl.LOCK_EX)
             alone = True
-        except (ImportError, OSError):                # nor have some file systems locks
+        except (ImportError, OSError):                # some file systems have no locks
             alone = False
         yield alone
 
 
 def pick_device(name):
-    """--device -> torch.device: "auto" is cuda (torchrun's process i: the i-th), else mps, else cpu."""
+    """--device -> torch.device. "auto": cuda, else mps, else cpu. Process i has GPU i. Raises UserError."""
     if name == "auto":
         name = "cpu"
         if torch.backends.mps.is_available():
@@ -1982,11 +2006,11 @@ def pick_device(name):
 
 
 def set_precision(name, device, auto="bf16"):
-    """Resolves --precision and sets how the device multiplies float32: exactly, or as TF32 (10 bits).
+    """--precision -> fp32, tf32 or bf16; sets whether float32 is multiplied exactly or as TF32 (10 bits).
 
-    auto: on GPUs of compute capability 8.0 or more, which compute fast in it, `auto`; else fp32.
-    Departure: EDM trains these networks in float32, and does not compile them; bf16 keeps 8 bits of what
-    their layers multiply.
+    "auto" becomes `auto` on GPUs of compute capability 8.0 or more, which are fast in it, and fp32 elsewhere.
+    Departure: EDM trains these networks in float32 and does not compile them. In bf16 their layers multiply
+    numbers of 8 bits.
     """
     if name == "auto":
         name = "fp32"
@@ -2000,7 +2024,7 @@ def set_precision(name, device, auto="bf16"):
 
 @contextmanager
 def full_float32(device):
-    """Float32 is multiplied as such, not as TF32 or bf16, whatever --precision allows elsewhere."""
+    """Inside, float32 is multiplied as such, not as TF32 or bf16, whatever --precision allows elsewhere."""
     before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -2013,7 +2037,7 @@ def full_float32(device):
 
 
 def start_processes(device):
-    """Meets the other processes, if torchrun has started several. Raises UserError."""
+    """Connects the processes, if torchrun has started several. Raises UserError."""
     if processes() == 1:
         return
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -2033,6 +2057,7 @@ def processes():
 
 
 def wait_for_all():
+    """Waits until every process has come here."""
     if processes() > 1:
         torch.distributed.barrier()
 
@@ -2041,7 +2066,7 @@ FORMAT = "twosdm 4"
 
 
 def save_checkpoint(path, **content):
-    """Writes tensors, numbers, strings and dicts, whole or not at all: an older file survives any failure."""
+    """Writes tensors, numbers, strings, lists and dicts. If it fails, an older file stays as it was."""
     with written(path) as file:
         torch.save(dict(format=FORMAT, **content), file)
 
@@ -2050,9 +2075,9 @@ def load_checkpoint(path):
     """Reads a checkpoint without running anything in it. UserError if it is missing or another file."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist: train it first, with python train.py, or give another file")
-    open(path, "rb").close()                          # what the system refuses is not damaged
+    open(path, "rb").close()                          # raises if there are no rights: it is not damaged then
     content = None
-    # Mapped, what is not used, such as the optimizer in sampling, is never read. Not all file systems can.
+    # A mapped file is read where it is used: sampling needs no optimizer. Not all file systems can map.
     for mmap in (True, False):
         with suppress(Exception):                     # damaged files fail in any way they like
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -2064,7 +2089,7 @@ def load_checkpoint(path):
 
 
 def cached(path, make):
-    """What make() returned at the first call, from a file. Another process that wants it waits."""
+    """What make() returns, from the file of an earlier call or written there. Other processes wait for it."""
     with locked(path.with_suffix(".wait")):
         if not path.exists():
             save_checkpoint(path, content=make())
@@ -2072,19 +2097,19 @@ def cached(path, make):
 
 
 def build_denoiser(model):
-    """A checkpoint's description of one: dict(net="prior" | "unet", predict, settings) -> new Denoiser."""
+    """A checkpoint's dict(net="prior" | "unet", predict, settings) -> a `Denoiser` with new weights."""
     kind = PriorTransformer if model["net"] == "prior" else UNet
     return Denoiser(kind(**model["settings"]), predict=model["predict"])
 
 
 def load_denoiser(checkpoint, part=None, device="cpu"):
-    """A trained denoiser of a checkpoint: its averaged weights, in eval mode.
+    """A trained denoiser of a loaded checkpoint, with the averaged weights, in eval mode.
 
-    part: "prior" or "image", which stage joint needs, as it has both.
+    part: "prior" or "image". Only a checkpoint of stage joint has both; for others it may be None.
     """
     if part is None:
         part, = checkpoint["models"]
-    with torch.device("meta"):                        # random weights would be made in vain, for seconds
+    with torch.device("meta"):                        # saves the seconds that new random weights take
         denoiser = build_denoiser(checkpoint["models"][part])
     prefix = f"{part}."
     weights = {}
@@ -2113,32 +2138,36 @@ def image_grid(pixels, columns):
     return sheet.permute(1, 2, 0).numpy()
 
 
-def titled(pictures, columns, side=420, title=24):
-    """{title: (N, R, R, 3) uint8, N the same} -> one picture (H, W, 3): grids side by side below their titles."""
+def magnified(pixels, least):
+    """(H, W, 3) uint8 -> Pillow image, larger by a whole factor so that it is `least` wide, or more."""
+    picture = Image.fromarray(pixels)
+    factor = max(1, math.ceil(least / picture.width))
+    return ImageOps.scale(picture, factor, Image.Resampling.NEAREST)
+
+
+def titled(pictures, columns):
+    """{title: (N, R, R, 3) uint8, N the same} -> a picture (H, W, 3): grids side by side below titles."""
     sheets = []
-    for text, pixels in pictures.items():
-        grid = Image.fromarray(image_grid(pixels, columns))
-        grid = ImageOps.scale(grid, max(1, side // grid.width), Image.Resampling.NEAREST)
-        sheet = ImageOps.expand(grid, (4, title, 4, 4), "white")
-        ImageDraw.Draw(sheet).text((6, 4), text, "black", ImageFont.load_default(title * 0.6))
+    for title, pixels in pictures.items():
+        grid = magnified(image_grid(pixels, columns), least=320)
+        sheet = ImageOps.expand(grid, (4, 24, 4, 4), "white")
+        ImageDraw.Draw(sheet).text((6, 4), title, "black", ImageFont.load_default(14))
         sheets.append(np.asarray(sheet))
     return np.concatenate(sheets, axis=1)
 
 
 def save_picture(path, pixels, least=0):
-    """(H, W, 3) uint8 -> a PNG, whole or not at all; magnified by a whole factor to `least` pixels' width."""
-    picture = Image.fromarray(pixels)
-    factor = max(1, math.ceil(least / picture.width))
+    """(H, W, 3) uint8 -> a PNG, whole or not at all, of at least `least` pixels' width."""
     with written(path) as file:
-        ImageOps.scale(picture, factor, Image.Resampling.NEAREST).save(file, "PNG")
+        magnified(pixels, least).save(file, "PNG")
 
 
 # ============================================================================================================
 # 12 EDM's published networks, read without running what is inside them
 # ============================================================================================================
 class Inert(dict):
-    """Stands for whatever a pickle names: it keeps what it was given and does nothing."""
-    args = ()                                         # of one that is made without __init__
+    """Stands for any class or function that a pickle names. It keeps its arguments and does nothing."""
+    args = ()                                         # if the pickle makes it without __init__
     state = None
 
     def __init__(self, *args):
@@ -2149,14 +2178,14 @@ class Inert(dict):
 
 
 class InertUnpickler(pickle.Unpickler):
-    """Reads a pickle and runs none of it: each class or function that it asks for is an `Inert` one."""
+    """Reads a pickle and runs nothing of it: each class or function that it names becomes an `Inert`."""
 
     def find_class(self, module, name):
         return type(name, (Inert,), {})
 
 
 def inert_tensor(box):
-    """The tensor that torch's `_rebuild_parameter` or `_rebuild_tensor_v2` was to make."""
+    """The tensor that an inert call of torch's `_rebuild_parameter` or `_rebuild_tensor_v2` stands for."""
     if type(box).__name__ == "_rebuild_parameter":
         box = box.args[0]
     storage, offset, size, stride = box.args[:4]
@@ -2166,21 +2195,20 @@ def inert_tensor(box):
 
 def collect_tensors(module, prefix=""):
     """An inert module -> {name: tensor} of it and its parts, by EDM's names."""
-    fields = module.state
-    if module.args:                                   # one of EDM's own, beside the source code of its class
-        fields = module.args[0]["state"]
+    state = module.state                              # the attributes of an nn.Module of PyTorch
+    if module.args:                                   # EDM's own come with the source code of their class
+        state = module.args[0]["state"]
     tensors = {}
-    for name, tensor in (fields["_parameters"] | fields["_buffers"]).items():
+    for name, tensor in (state["_parameters"] | state["_buffers"]).items():
         if tensor is not None:
             tensors[prefix + name] = inert_tensor(tensor).float()
-    for name, part in fields["_modules"].items():
-        if part is not None:
-            tensors |= collect_tensors(part, f"{prefix}{name}.")
+    for name, part in state["_modules"].items():
+        tensors |= collect_tensors(part, f"{prefix}{name}.")
     return tensors
 
 
 def from_edm_names(state):
-    """EDM's tensors -> those of a `UNet`, whose condition is EDM's class label.
+    """A state dict of EDM -> one of a `UNet`, whose condition is EDM's class label.
 
     EDM names its blocks by resolution, in the order in which they run; here they are numbered. EDM
     interleaves q, k and v: output channel (head, channel, {q,k,v}); here it is ({q,k,v}, head, channel).
@@ -2208,7 +2236,7 @@ def load_edm_pickle(path):
     try:
         with open(path, "rb") as file:
             network = InertUnpickler(file).load()["ema"]
-        # Not so EDM's reruns of other papers (baseline-*.pkl), whose networks have the same shapes.
+        # EDM's reruns of other papers (baseline-*.pkl) have the same shapes, but other scalings.
         if network.args[0]["class_name"] != "EDMPrecond":
             raise ValueError("not preconditioned as EDM's")
         return from_edm_names(collect_tensors(network))
@@ -2220,8 +2248,8 @@ def load_edm_pickle(path):
 def init_from_edm(net, path, classes):
     """For finetuning: makes a new `UNet` equal to a published `.pkl` of EDM, whatever y is. Raises UserError.
 
-    The condition is y ⊕ a, with a one-hot a of `classes` entries. Its map becomes zero for y, and for a too
-    if the file has no classes.
+    The condition is y ⊕ a, with a one-hot a of `classes` entries. The weights for y become zero, and so do
+    those for a if the file has no classes.
     """
     theirs = load_edm_pickle(path)
     ours = net.state_dict()
@@ -2233,7 +2261,7 @@ def init_from_edm(net, path, classes):
         if labels.shape[1] != classes:
             raise UserError(f"{path} is for {labels.shape[1]} classes, not {classes}: give images of as many "
                             f"and --a class, or another file")
-        # DDPM++ multiplies a condition by √(its length).
+        # DDPM++ multiplies a condition by √cond_dim, which was √classes in the file.
         scale = 1.0 if net.adm else math.sqrt(classes / net.cond_dim)
         theirs["map_cond.weight"] = F.pad(scale * labels, (net.cond_dim - classes, 0))
     if not net.augment_dim:
@@ -2241,5 +2269,5 @@ def init_from_edm(net, path, classes):
     try:
         net.load_state_dict(ours | theirs)            # strict: every name and shape must fit
     except RuntimeError as error:
-        raise UserError(f"{path} is of another network than --dataset and its settings ({one_line(error)}): "
-                        f"give the data set and the settings of the file") from error
+        raise UserError(f"{path} holds another network than --dataset and the settings describe "
+                        f"({one_line(error)}): give the data set and the settings of the file") from error
