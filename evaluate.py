@@ -708,7 +708,8 @@ def table(rows):
     shown = None
     for (group, _, name), runs in sorted(methods.items()):
         if group != shown:
-            lines += ["", group, "", markdown(["method", "runs", *columns]), "|---" * (2 + len(columns)) + "|"]
+            lines += ["", group, "", markdown(["method", "runs", *columns])]
+            lines.append("|---" * (2 + len(columns)) + "|")
             shown = group
         cells = [spread(runs, column, decimals[column]) for column in columns]
         lines.append(markdown([name, str(len(runs)), *cells]))

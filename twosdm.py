@@ -739,11 +739,11 @@ class PCA(nn.Module):
     @classmethod
     def fit(cls, y, dims):
         """To the rows of y (N, D), 0 < dims <= D."""
-        with warnings.catch_warnings(action="ignore"):                    # of an array that is only mapped
+        with warnings.catch_warnings(action="ignore"):                    # that a mapped array is read-only
             y = torch.as_tensor(y)
         mean = y.mean(0, dtype=torch.float64)
         scatter = torch.zeros(y.shape[1], y.shape[1], dtype=torch.float64)
-        for part in y.split(8192):                    # a million rows of float64 are gigabytes
+        for part in y.split(8192):                    # a million rows in float64 would take gigabytes
             centered = part - mean
             scatter += centered.T @ centered
         _, basis = torch.linalg.eigh(scatter)                                             # ascending
@@ -754,7 +754,7 @@ class PCA(nn.Module):
 
 
 class KMeans(nn.Module):
-    """Clusters of y, for the baseline Class-cond: centers (K, D), counts (K,) of the rows of each.
+    """Clusters of y, for the baseline Class-cond: their centers (K, D) and numbers of images, counts (K,).
 
     transform: (B, D) -> one-hot (B, K), of the nearest center.
     """
@@ -768,11 +768,11 @@ class KMeans(nn.Module):
 
     @classmethod
     def fit(cls, y, clusters):
-        """To all rows of y (N, D), by Lloyd's iteration; it starts from a k-means++ of some of them."""
+        """To all rows of y (N, D), by Lloyd's iteration. It starts from k-means++ on some of the rows."""
         y = np.asarray(y, np.float32)
         rng = np.random.default_rng(0)
         some = rng.permutation(len(y))[:max(20_000, 20 * clusters)]
-        with warnings.catch_warnings(action="ignore"):                    # of clusters that stay empty
+        with warnings.catch_warnings(action="ignore"):                    # that some clusters stay empty
             start, _ = kmeans2(y[some], clusters, minit="++", rng=rng)
             centers, labels = kmeans2(y, start, iter=50, minit="matrix")
         counts = np.bincount(labels, minlength=clusters)
@@ -837,13 +837,14 @@ class Embedder(nn.Module):
             return self.reduction.transform(embeddings)
 
 
-def fit_reduction(y, rows):
+def fit_reduction(y, embeddings):
     """--y pca:D or kmeans:K and the backbone's embeddings (N, dim) -> PCA or KMeans. Raises UserError."""
     kind, size = parse_y(y)
-    most = rows.shape[1] if kind == "pca" else len(rows)
+    images, dim = embeddings.shape
+    most = dim if kind == "pca" else images
     if size > most:
-        raise UserError(f"--y {y}: there are only {rows.shape[1]} dimensions and {len(rows)} images")
-    return REDUCTIONS[kind].fit(rows, size)
+        raise UserError(f"--y {y}: there are only {dim} dimensions and {images} images: give at most {most}")
+    return REDUCTIONS[kind].fit(embeddings, size)
 
 
 def pack_embedder(embedder):
@@ -1221,12 +1222,9 @@ def embedder_weights(config):
     if config.embedder != "shapes":
         return config.embedder_weights
     cache = cache_of(config)
-
-    def train():
-        return train_small_clip(shapes_world(config.size, config.resolution, cache))
-
+    images = shapes_world(config.size, config.resolution, cache)
     path = cache / f"clip-{config.resolution}-{config.size}.pt"
-    cached(path, train)
+    cached(path, lambda: train_small_clip(images))
     return str(path)
 
 
@@ -1276,6 +1274,7 @@ def made_once(folder, name, shape, dtype, make, what, batch=256):
     file arrives by a rename. Another process that wants it waits. `what` names the progress bar.
     """
     path = Path(folder, f"{name}.rows")
+    total = shape[0]
     batch_bytes = batch * math.prod(shape[1:]) * np.dtype(dtype).itemsize
     with locked(path.with_suffix(".lock")) as alone:
         # Where there are no locks, several processes may make the same.
@@ -1284,8 +1283,8 @@ def made_once(folder, name, shape, dtype, make, what, batch=256):
             with open(part, "ab") as file:
                 batches = file.tell() // batch_bytes                      # whole ones, which are kept
                 file.truncate(batches * batch_bytes)
-                for start in progress(range(batches * batch, shape[0], batch), what, " batches"):
-                    made = make(start, min(start + batch, shape[0]))
+                for start in progress(range(batches * batch, total, batch), what, " batches"):
+                    made = make(start, min(start + batch, total))
                     file.write(np.ascontiguousarray(made, dtype).data)
             os.replace(part, path)
     try:
@@ -1472,16 +1471,16 @@ def find_labels(files):
     tables = [name for name in files.listed if posixpath.basename(name) == "dataset.json"]
     if tables:
         return read_labels(files, min(tables, key=len))                   # the one nearest to the top
-    places = [Path(name).parent for name in files.names]
-    if Path() in places:
-        return None, [], f"{files.names[places.index(Path())]} does not lie in a folder"
-    full = set(places)
-    for place in set(places):
-        full.update(place.parents)
-    empty = files.folders - full
+    folders = [Path(name).parent for name in files.names]                 # of each image
+    if Path() in folders:
+        return None, [], f"{files.names[folders.index(Path())]} does not lie in a folder"
+    empty = set(files.folders)
+    for folder in set(folders):
+        empty.discard(folder)
+        empty.difference_update(folder.parents)
     if empty:
         raise UserError(f"the folder {min(empty)} of {files.source} holds no images: fill or remove it")
-    classes, labels = np.unique([place.name for place in places], return_inverse=True)
+    classes, labels = np.unique([folder.name for folder in folders], return_inverse=True)
     return labels.tolist(), classes.tolist(), ""
 
 
@@ -1681,13 +1680,13 @@ def torchvision_images(config, cache, train):
             raise UserError(f"{config.dataset} cannot be loaded ({one_line(error)}): "
                             f"{HOMES[config.dataset]}; put what is there into a folder and give --data FOLDER"
                             ) from error
-    given = np.ascontiguousarray(data.data)           # (N, H, W, 3), or (N, H, W) if gray
+    arrays = np.ascontiguousarray(data.data)          # (N, H, W, 3), or (N, H, W) if gray
 
     def resize(start, stop):
-        return np.stack([resized(Image.fromarray(array), config.resolution) for array in given[start:stop]])
+        return np.stack([resized(Image.fromarray(array), config.resolution) for array in arrays[start:stop]])
 
-    name = f"{config.dataset}-{config.resolution}-{hash_of(given)}"
-    shape = (len(given), config.resolution, config.resolution, 3)
+    name = f"{config.dataset}-{config.resolution}-{hash_of(arrays)}"
+    shape = (len(arrays), config.resolution, config.resolution, 3)
     pixels = made_once(cache, name, shape, np.uint8, resize, "preparing")
     return Images(name, pixels, np.asarray(data.targets), data.classes)
 
@@ -1765,10 +1764,11 @@ LATENT_STD = (4.17, 4.62, 3.71, 3.28)
 class Autoencoder(nn.Module):
     """Stable Diffusion's VAE by diffusers, frozen: images (B, 3, R, R) to latents (B, 4, R/8, R/8) and back.
 
-    `weights`: a name on Hugging Face, which diffusers downloads once, or a folder. Raises UserError.
+    `weights`: a name on Hugging Face, such as stabilityai/sd-vae-ft-mse, which diffusers downloads once, or a
+    folder. Raises UserError.
     """
 
-    def __init__(self, weights="stabilityai/sd-vae-ft-mse"):
+    def __init__(self, weights):
         super().__init__()
         from diffusers import AutoencoderKL           # optional, and seconds to import
         try:
@@ -1869,7 +1869,7 @@ def run(main):
 
 
 def fail(sentence):
-    """Prints the sentence and ends the process; of several processes that fail alike, the first one prints."""
+    """Prints the sentence and ends the process. Of several that fail alike, the first one prints."""
     if rank() > 0:
         time.sleep(5)                                 # until torchrun stops this one
     sys.exit(f"error: {sentence}")
