@@ -1,5 +1,6 @@
 """evaluate.py as a user runs it: folders and references, neighbors, tables, figures, wrong files."""
 import csv
+import importlib.util
 import json
 import shutil
 import sys
@@ -260,7 +261,8 @@ def test_figures_have_a_curve_for_each_reduction_budget_and_run_and_never_mix_un
     for number in 4, 5:
         assert call(evaluate, "--figure", number, cwd=tmp_path)[0] in (0, None)
         path = tmp_path / f"samples/shapes/figure-{number}"
-        assert Image.open(f"{path}.png").width > 500
+        if importlib.util.find_spec("matplotlib"):            # which is optional
+            assert Image.open(f"{path}.png").width > 500
         with open(f"{path}.csv") as file:
             lines = [line for line in csv.reader(file) if "pixels none, 100 images" in line[0]]
         figures[number] = {(curve.split(",")[0], int(x)): float(fid) for curve, x, fid in lines}
