@@ -639,7 +639,7 @@ def append_row(path, row):
 def key_of(row):
     """-> (group, name, seed of training). Only rows of one group can be compared with each other."""
     protocol = row["protocol"]
-    features = f"{row['features']} {protocol.get('weights', '')}"
+    features = f"{row['features']} {protocol.get('weights', '')}".strip()
     group = f"{row['dataset']}, {features}, {row['n']} images, {protocol['reference']}"
     return group, row["name"], row["settings"].get("train_seed")
 

@@ -44,12 +44,13 @@ class Config:
     """All settings of an experiment, each of which is a flag. The defaults are the paper's for FFHQ.
 
     Where a number is from stands behind it: paper, authors (their code, where the paper is silent), EDM,
-    inferred, ours. Flags have - for _: --stage image --prior-lr 1e-3 --images 500k --mults 1,2,2 --no-compile
+    inferred, ours. K = 1,000, M = 1,000,000. Flags have - for _: --prior-lr 1e-3 --images 500k --mults 1,2,2
     """
     stage: str = "all"                  # prior, image, baseline or joint; all: the first three
 
     # Data
-    dataset: str = "shapes"             # the data set and what goes with it, see below
+    dataset: str = "shapes"             # fashion-mnist, cifar10, folder (your images), afhq, ffhq, imagenet,
+                                        # imagenet-class or imagenet-latent; each changes some defaults
     data: str = ""                      # folder or zip with the images
     resolution: int = 64                # height and width of the images, in pixels (paper)
     size: int = 20 * K                  # number of images of the embedded world
