@@ -1275,11 +1275,12 @@ def made_once(folder, name, shape, dtype, make, what, batch=256):
     """
     path = Path(folder, f"{name}.rows")
     total = shape[0]
-    batch_bytes = batch * math.prod(shape[1:]) * np.dtype(dtype).itemsize
+    row_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+    batch_bytes = batch * row_bytes
     with locked(path.with_suffix(".lock")) as alone:
         # Where there are no locks, several processes may make the same.
         part = path.with_suffix(".part" if alone else f".{os.getpid()}.part")
-        if not path.exists():
+        if not path.exists() or path.stat().st_size != total * row_bytes:         # a copy may be cut off
             with open(part, "ab") as file:
                 batches = file.tell() // batch_bytes                      # whole ones, which are kept
                 file.truncate(batches * batch_bytes)
@@ -1746,6 +1747,7 @@ def test_images(config, total):
         return None
     images = torchvision_images(config, cache, train=False)
     images.pixels = images.pixels[:total]
+    images.labels = images.labels[:total]
     return images
 
 
