@@ -11,13 +11,15 @@ A value means something only beside others with the same features, reference and
 kept with its protocol, in samples/<dataset>/results.jsonl. No diffusion model is loaded here: evaluate.py
 reads images, and what sample.py says of them in settings.json.
 """
-import argparse
 import csv
 import json
 import math
 import re
 import zipfile
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 import torchvision
 
 import twosdm
-from twosdm import ATTRIBUTES, Images, UserError, one_line, progress, to_uint8
+from twosdm import ATTRIBUTES, Images, UserError, progress, to_uint8
 
 
 # ============================================================================================================
@@ -50,9 +52,7 @@ class RunningStats:
         self.outer += x.T @ x
 
     def result(self):
-        """-> mu (D,), sigma (D, D); the covariance divides by N - 1. Raises UserError."""
-        if self.n < 2:
-            raise UserError("a covariance needs two images or more: draw more, or give --nearest")
+        """-> mu (D,), sigma (D, D); the covariance divides by N - 1."""
         mu = self.total / self.n
         sigma = (self.outer - self.n * mu.outer(mu)) / (self.n - 1)
         return mu, sigma
@@ -83,12 +83,10 @@ def inception_score(logits, splits=10):
     logits = torch.as_tensor(logits).double()
     scores = []
     for part in logits.tensor_split(splits):
-        log_p = part.log_softmax(1)                                                       # (n, C)
-        p = log_p.exp()
+        p = part.softmax(1)                                                               # (n, C)
         marginal = p.mean(0)                                                              # (C,)
-        # xlogy(0, 0) = 0: a class whose probability underflows adds nothing.
-        negative_entropy = torch.xlogy(p, p).sum(1).mean()
-        information = negative_entropy - torch.xlogy(marginal, marginal).sum()
+        # entr(p) = -p log p and entr(0) = 0: a class whose probability underflows adds nothing.
+        information = torch.special.entr(marginal).sum() - torch.special.entr(p).sum(1).mean()
         scores.append(information.exp().item())
     return float(np.mean(scores)), float(np.std(scores))
 
@@ -181,41 +179,38 @@ def load_public(net, path, url):
         state = torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict(dict(state))                      # strict: every name and shape must fit
     except Exception as error:                                # no connection; files fail in any way they like
-        raise UserError(f"{path} is missing, damaged or another file ({one_line(error)}): fetch {url} and "
+        raise UserError(f"{path} is missing, damaged or another file ({error!r:.200}): fetch {url} and "
                         f"save it as {path}") from error
     return twosdm.hash_of(Path(path).read_bytes())[:8]
 
 
-def tf1_resize(images, size=299):
-    """TensorFlow 1's bilinear resize: (N, C, H, W) floats -> (N, C, size, size).
+def tf1_resize(images):
+    """TensorFlow 1's bilinear resize: (N, C, H, W) floats -> (N, C, 299, 299).
 
-    Output i reads input coordinate i * in / size: the top left corners are aligned and nothing is smoothed,
+    Output i reads input coordinate i * in / 299: the top left corners are aligned and nothing is smoothed,
     which no mode of F.interpolate does. Every published FID contains it. It is linear in each axis.
     """
     def weights(n):
-        source = (torch.arange(size, dtype=torch.float64) * n / size).clip(max=n - 1)
-        tents = (1 - (source[:, None] - torch.arange(n)).abs()).clip(min=0)               # (size, n)
+        source = (torch.arange(299, dtype=torch.float64) * n / 299).clip(max=n - 1)
+        tents = (1 - (source[:, None] - torch.arange(n)).abs()).clip(min=0)               # (299, n)
         return tents.to(images)
 
     _, _, height, width = images.shape
     return weights(height) @ images @ weights(width).T
 
 
-class LastBlock(torchvision.models.inception.InceptionE):
-    """In the network of 2015-12-05, the pooling branch of the last block has a maximum, not an average."""
+def pool_as_in_2015(block, inputs, output):
+    """Computes the pooling branch of a block of torchvision anew: the last channels of output (N, C, h, w).
 
-    def _forward(self, x):
-        branches = super()._forward(x)
-        branches[-1] = self.branch_pool(F.max_pool2d(x, 3, 1, 1))
-        return branches
-
-
-def average_inside(branch, inputs):
-    """TensorFlow's average over 3 x 3 pixels does not count the padding: corrects one that does."""
+    TensorFlow's average over 3 x 3 pixels does not count the padding, and in the network of 2015-12-05 the
+    last block has a maximum in its place.
+    """
     x, = inputs
-    inside = torch.ones_like(x[:1, :1])
-    counted = F.avg_pool2d(inside, 3, 1, 1)                                   # 1; at the border 2/3 or 4/9
-    return x / counted
+    pooled = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    if x.shape[1] == 2048:                                    # the last block
+        pooled = F.max_pool2d(x, 3, 1, 1)
+    branch = block.branch_pool(pooled)
+    output[:, -branch.shape[1]:] = branch
 
 
 class InceptionFeatures(nn.Module):
@@ -233,12 +228,11 @@ class InceptionFeatures(nn.Module):
         super().__init__()
         self.net = torchvision.models.Inception3(
             num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
-        self.net.Mixed_7c = LastBlock(2048)
         self.weights = load_public(self.net, weights, INCEPTION)
         self.net.fc.bias.data.zero_()
-        for block in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-            pooled = self.net.get_submodule(f"Mixed_{block}.branch_pool")
-            pooled.register_forward_pre_hook(average_inside)
+        for block in self.net.children():
+            if hasattr(block, "branch_pool"):                 # the others have none, or a maximum
+                block.register_forward_hook(pool_as_in_2015)
         self.eval().requires_grad_(False)
 
     def forward(self, images):
@@ -292,13 +286,13 @@ class WorldFeatures(twosdm.ConvNet):
         return dict(pool=pool, spatial=last[:, :28].flatten(1), logits=joint)
 
 
-def train_classifier(resolution, batch=128):
+def train_classifier(resolution):
     """The weights of `WorldFeatures` for images of a resolution, always the same: 10 seconds."""
     torch.manual_seed(0)
     net = WorldFeatures()
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     for step in range(300):
-        index = 10**9 + batch * step + torch.arange(batch)    # far from any training set
+        index = 10**9 + 128 * step + torch.arange(128)        # far from any training set
         target = torch.zeros_like(index)
         for name, values in twosdm.shapes_attributes(index).items():
             target = target * ATTRIBUTES[name] + values
@@ -310,7 +304,7 @@ def train_classifier(resolution, batch=128):
     return net.state_dict()
 
 
-def make_features(args, resolution):
+def make_features(args, folder, resolution):
     """--features -> a module that makes a dict of features of images."""
     kind = args.features or FEATURES.get(args.dataset, "inception")
     if kind == "inception":
@@ -318,7 +312,7 @@ def make_features(args, resolution):
     torch.set_num_threads(1)                                  # with so little to do, two wait for each other
     if kind == "pixels":
         return PixelFeatures()
-    path = Path(args.samples, args.dataset, f"features/classifier-{resolution}.pt")
+    path = folder / f"classifier-{resolution}.pt"
     network = WorldFeatures()
     network.load_state_dict(twosdm.cached(path, lambda: train_classifier(resolution)))
     network.weights = twosdm.fingerprint(network)[:8]
@@ -337,10 +331,10 @@ class Lpips(nn.Module):
         super().__init__()
         linear_path, trunk_path = weights or (None, None)
         alexnet = torchvision.models.alexnet()
-        self.linear = nn.Module()
+        self.linear = nn.ModuleDict()
         for i, channels in enumerate(self.taps.values()):     # named as in the public file
             layers = nn.Sequential(nn.Dropout(), nn.Conv2d(channels, 1, 1, bias=False))
-            self.linear.add_module(f"lin{i}", nn.ModuleDict({"model": layers}))
+            self.linear[f"lin{i}"] = nn.ModuleDict({"model": layers})
         load_public(alexnet, trunk_path, ALEXNET)
         load_public(self.linear, linear_path, LPIPS)
         self.trunk = alexnet.features[:12]                    # the rest would fail at 32 pixels
@@ -348,7 +342,7 @@ class Lpips(nn.Module):
 
     def embed(self, x):
         """(N, 3, H, W) -> (N, M): each layer's features, of unit length per pixel, times sqrt(w / (h w))."""
-        layers = self.linear.children()
+        weights = self.linear.parameters()
         parts = []
         # The mean and deviation of ImageNet's pixels, for the range [-1, 1].
         mean = x.new_tensor([-0.030, -0.088, -0.188])
@@ -357,8 +351,8 @@ class Lpips(nn.Module):
         for i, layer in enumerate(self.trunk):
             x = layer(x)                                                                  # (N, C, h, w)
             if i in self.taps:
-                weight = next(layers)["model"][1].weight                                  # (1, C, 1, 1)
-                unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+                weight = next(weights)                                                    # (1, C, 1, 1)
+                unit = x / (x.norm(dim=1, keepdim=True) + 1e-10)
                 parts.append((unit * (weight / x[0, 0].numel()).sqrt()).flatten(1))
         return torch.cat(parts, dim=1)
 
@@ -404,12 +398,10 @@ def read_settings(folder):
     return {}
 
 
-def find_samples(args):
+def find_samples(args, folder):
     """-> list of Samples: --images, or all folders that sample.py has filled with independent images."""
-    folder = Path(args.samples, args.dataset)
-    drawn = sorted(file.parent for file in folder.glob("*/settings.json"))
     sets = []
-    for path in args.images or drawn:
+    for path in args.images or sorted(file.parent for file in folder.glob("*/settings.json")):
         settings = read_settings(path)
         if args.images or settings["columns"] == 1:
             sets.append(Samples(Path(path).name, open_images(path), settings))
@@ -429,34 +421,33 @@ def find_config(sets, args):
     return None
 
 
-def find_reference(args, config):
-    """What to compare with, --reference's or the training images -> Images, or None; {statistic: tensor}.
+def find_reference(sets, args, config):
+    """What to compare with, --reference's or the training images -> Images, or None; {statistic: array}.
 
     EDM's files have statistics alone, mu and sigma; OpenAI's have mu_s and sigma_s too, of a whole data set,
-    and images for precision and recall.
+    and images for precision and recall. Raises UserError unless all images are of one size, and all models
+    have seen the same images.
     """
+    statistics = {}
     if args.reference is None:
         if config is None:
             raise UserError("--images are compared with what? Add --reference FOLDER, ZIP or .npz")
-        return twosdm.load_images(config), {}
-    statistics = {}
-    if args.reference.endswith(".npz"):
-        arrays = read_npz(args.reference)
-        statistics = {name: torch.from_numpy(x) for name, x in arrays.items() if name != "arr_0"}
-        if "mu" in arrays and "arr_0" not in arrays and not args.nearest:
-            return None, statistics
-    return open_images(args.reference), statistics
-
-
-def check_comparable(sets, real, args):
-    """Raises UserError unless all images are of one size, and all models have seen the same images."""
+        real = twosdm.load_images(config)
+    else:
+        if args.reference.endswith(".npz"):
+            statistics = read_npz(args.reference)
+            pixels = statistics.pop("arr_0", None)
+            if "mu" in statistics and pixels is None and not args.nearest:
+                return None, statistics
+        real = open_images(args.reference)
     for samples in sets:
         if samples.images.resolution != real.resolution:      # resized images would have other values
             raise UserError(f"{samples.name} and the reference differ in size, and nothing is resized here")
-        seen = samples.settings.get("images", "none")         # "none": others' images, or networks
-        if args.reference is None and seen not in ("none", real.name):
+        seen = samples.settings.get("images", real.name)
+        if args.reference is None and seen != real.name:
             raise UserError(f"{samples.name} is of a model that has seen other training images: evaluate it "
                             f"alone, by --images, or give a --reference")
+    return real, statistics
 
 
 # ============================================================================================================
@@ -486,16 +477,15 @@ def features(images, network, folder, device, most):
     """
     def compute():
         order = np.random.RandomState(0).permutation(len(images))         # files may be sorted by class
-        stats = {}
-        kept = {}
+        stats = defaultdict(RunningStats)
+        kept = defaultdict(list)
         for rows in batches(order, f"{network.name} features"):
             for name, x in network(images.batch(rows, device)).items():
                 if name in GAUSSIANS:
-                    stats.setdefault(name, RunningStats()).update(x)
-                parts = kept.setdefault(name, [])
-                if name != "spatial" and len(parts) * BATCH < most:       # only sFID is of these
-                    parts.append(x)
-        result = {name: torch.cat(parts)[:most] for name, parts in kept.items() if parts}
+                    stats[name].update(x)
+                if name != "spatial" and len(kept[name]) * BATCH < most:  # only sFID is of these
+                    kept[name].append(x)
+        result = {name: torch.cat(parts)[:most] for name, parts in kept.items()}
         for name in stats:
             mu, sigma = stats[name].result()
             result["mu" + GAUSSIANS[name]] = mu
@@ -510,32 +500,27 @@ def score(real, fake):
     """Two sets as `features` gives them -> {metric: value}, of what can be had of these."""
     if real["mu"].shape != fake["mu"].shape:
         raise UserError("the statistics in --reference are not of these --features: give images, or others")
-    values = dict(fid=frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"]))
+    values = {}
+    if "pool" in real:
+        values["precision"], values["recall"] = precision_recall(real["pool"], fake["pool"], BALL_NEIGHBORS)
+    values["fid"] = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
     if "mu_s" in real and "mu_s" in fake:
         values["sfid"] = frechet_distance(real["mu_s"], real["sigma_s"], fake["mu_s"], fake["sigma_s"])
     if "logits" in fake:
         splits = math.ceil(len(fake["logits"]) / IS_BLOCK)
         values["is"], values["is_std"] = inception_score(fake["logits"], splits)
-    if "pool" in real:
-        values["precision"], values["recall"] = precision_recall(real["pool"], fake["pool"], BALL_NEIGHBORS)
     return values
 
 
-def measure(sets, real, statistics, args, device):
-    """Yields each of the sets and its metrics, with the protocol without which they mean nothing."""
-    folder = Path(args.samples, args.dataset, "features")
-    network = make_features(args, sets[0].images.resolution).to(device)
-    known = {name: x.to(device) for name, x in statistics.items()}
+def measure(sets, real, statistics, args, folder, device):
+    """Yields each of the sets and its metrics."""
+    network = make_features(args, folder, sets[0].images.resolution).to(device)
+    known = {name: torch.from_numpy(x).to(device) for name, x in statistics.items()}
     if real is not None:
         known = features(real, network, folder, device, REAL_ROWS) | known
     for samples in sets:
         values = score(known, features(samples.images, network, folder, device, FAKE_ROWS))
-        protocol = dict(
-            weights=network.weights,
-            resolution=samples.images.resolution,
-            k=BALL_NEIGHBORS,
-            is_block=IS_BLOCK)
-        yield samples, network.name, dict(n=len(samples.images), **values), protocol
+        yield samples, dict(features=network.name, weights=network.weights, n=len(samples.images), **values)
 
 
 # ============================================================================================================
@@ -568,7 +553,7 @@ def neighbor_rows(images, rows, real, neighbors):
     return np.concatenate(parts)
 
 
-def measure_distances(sets, real, args, config, device):
+def measure_distances(sets, real, args, config, folder, device):
     """--nearest: yields each of the sets and how near it is to training images; leaves pictures and Fig. 6.
 
     copies: the share of samples that are nearer than 95 % of training images are to another one.
@@ -583,17 +568,17 @@ def measure_distances(sets, real, args, config, device):
         distances = distances / 2                             # those of pixels in [0, 1]
     else:
         distances = distances**2                              # as are LPIPS and 1 - cos
-    ends = np.cumsum([len(rows) for rows in chosen])[:-1]
-    distances = np.split(distances, ends)                                 # (n, K) of each set
-    neighbors = np.split(neighbors[:, :NEIGHBORS], ends)
-    # The black curve: the smallest distance of training images to each other that is not zero, as is that to
-    # themselves and their copies, up to rounding.
-    own = distances[0]
+    # Of training images: the smallest distance to each other that is not zero, as is that to themselves and
+    # their copies, up to rounding.
+    own = distances[:len(chosen[0])]
     own[own <= 1e-6 * np.median(own)] = math.inf
-    smallest = [near.min(axis=1) for near in distances]                   # (n,) of each set
+    smallest = distances.min(axis=1)
+    edges = np.histogram_bin_edges(smallest, 20)
+    ends = np.cumsum([len(rows) for rows in chosen])[:-1]
+    smallest = np.split(smallest, ends)                                   # (n,) of each set
+    neighbors = np.split(neighbors[:, :NEIGHBORS], ends)                  # (n, K)
     usual = np.quantile(smallest[0], 0.05)
-    edges = np.histogram_bin_edges(np.concatenate(smallest), 20)
-    path = Path(args.samples, args.dataset, f"nearest-{args.nearest}")
+    path = folder / f"nearest-{args.nearest}"
     shares = {}
     for samples, rows, found, near in zip(sets, chosen, neighbors, smallest):
         counts, _ = np.histogram(near, edges)
@@ -608,40 +593,33 @@ def measure_distances(sets, real, args, config, device):
             "the samples that are nearest":
                 neighbor_rows(samples.images, rows[first], real, found[first])
         }
-        twosdm.save_picture(f"{path}-{samples.name}.png", twosdm.titled(pictures, 1 + NEIGHBORS))
-        copies = float(np.mean(near <= usual))
-        yield samples, args.nearest, dict(n=len(rows), copies=copies), {}
-    save_curves(path, shares, f"distance ({args.nearest})", "share", drawstyle="steps-post")
+        twosdm.save_picture(f"{path}-{samples.name}.png", twosdm.picture(pictures, 1 + NEIGHBORS))
+        yield samples, dict(features=args.nearest, n=len(rows), copies=float(np.mean(near <= usual)))
+    save_curves(path, shares, f"distance ({args.nearest})", "share")
 
 
 # ============================================================================================================
 # 6 Tables and figures
 # ============================================================================================================
-DECIMALS = {                                                  # of the columns of tables
-    "fid": 3, "sfid": 3, "is": 1,                                         # Tables 1 and 4
-    "precision": 3, "recall": 3,
-    "gain": 1, "ratio": 1,                                                # Table 3, in percent
-    "copies": 3                                                           # of --nearest
-}
-ORDER = {"real": 0, "2sdm": 1, "oracle": 2, "baseline": 3, "joint": 4}    # of the rows of tables
+COLUMNS = [
+    "fid", "sfid", "is", "precision", "recall",                           # Tables 1 and 4
+    "gain", "ratio",                                                      # Table 3, in percent
+    "copies"                                                              # of --nearest
+]
 
 
 def append_row(path, row):
-    """Adds a line to results.jsonl, below one that a killed process did not finish."""
-    with open(path, "a+") as file:
-        file.seek(0)
-        known = file.read()
-        if known and not known.endswith("\n"):
-            file.write("\n")
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+    """Adds a line to results.jsonl."""
+    known = path.read_bytes() if path.exists() else b""
+    with twosdm.written(path) as file:
+        file.write(known + json.dumps(row, allow_nan=False).encode() + b"\n")
 
 
 def key_of(row):
     """-> (group, name, seed of training). Only rows of one group can be compared with each other."""
-    protocol = row["protocol"]
-    features = f"{row['features']} {protocol.get('weights', '')}".strip()
-    group = f"{row['dataset']}, {features}, {row['n']} images, {protocol['reference']}"
-    return group, row["name"], row["settings"].get("train_seed")
+    features = f"{row['features']} {row.get('weights', 'distances')}"
+    group = f"{row['dataset']}, {features}, {row['n']} images, {row['protocol']['reference']}"
+    return group, row["name"], row["settings"].get("config", {}).get("seed")
 
 
 def read_results(paths):
@@ -654,29 +632,20 @@ def read_results(paths):
         if not Path(path).is_file():
             raise UserError(f"{path} does not exist: run evaluate.py without --tables and --figure first")
         for line in Path(path).read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:                                # a killed process did not finish it
-                continue
+            row = json.loads(line)
             if "fid" in row:
                 rows[key_of(row)] = row
     return rows
 
 
-def rounded(x, decimals):
-    """A number as text, of at most 4 significant digits."""
-    whole = len(str(int(abs(x))))
-    return f"{x:.{min(decimals, max(0, 4 - whole))}f}"
-
-
-def spread(rows, column, decimals):
+def spread(rows, column):
     """The values of a column -> "mean ± standard deviation (ddof 1)"; a single one stands alone."""
     values = [row[column] for row in rows if column in row]
     if not values:
         return "–"
-    text = rounded(np.mean(values), decimals)
+    text = f"{np.mean(values):.4g}"
     if len(values) > 1:
-        text += f" ± {rounded(np.std(values, ddof=1), decimals)}"
+        text += f" ± {np.std(values, ddof=1):.2g}"
     return text
 
 
@@ -686,8 +655,8 @@ def table(rows):
     gain: by how much FID is lower than that of EDM, the folder `baseline` of the same group and seed;
     ratio: that divided by the gain of the folder `oracle`.
     """
-    decimals = dict(DECIMALS)
-    methods = {}
+    columns = dict.fromkeys(COLUMNS)                          # an ordered set
+    methods = defaultdict(list)
     for (group, name, seed), row in rows.items():
         edm = rows.get((group, "baseline", seed), row)
         oracle = rows.get((group, "oracle", seed), row)
@@ -699,25 +668,29 @@ def table(rows):
         if timing:                                            # without these two a time means nothing
             column = f"ms per image, batch {timing['batch']}, {timing['device']}"
             row[column] = timing["ms_per_image"]
-            decimals[column] = 1
-        place = ORDER.get(row["method"], 5)
-        methods.setdefault((group, place, name), []).append(row)
+            columns[column] = None
+        methods[group, name].append(row)
     known = set().union(*rows.values())
-    columns = [column for column in decimals if column in known]
+    columns = [column for column in columns if column in known]
     lines = []
     shown = None
-    for (group, _, name), runs in sorted(methods.items()):
+    for (group, name), runs in sorted(methods.items()):
         if group != shown:
-            lines += ["", group, "", markdown(["method", "runs", *columns])]
-            lines.append("|---" * (2 + len(columns)) + "|")
+            lines += [
+                "",
+                group,
+                "",
+                markdown(["method", "runs", *columns]),
+                "|---" * (2 + len(columns)) + "|"
+            ]
             shown = group
-        cells = [spread(runs, column, decimals[column]) for column in columns]
+        cells = [spread(runs, column) for column in columns]
         lines.append(markdown([name, str(len(runs)), *cells]))
     return "\n".join(lines)
 
 
 def markdown(cells):
-    return "| " + " | ".join(cells) + " |"
+    return f"| {' | '.join(cells)} |"
 
 
 def write_figure(number, rows, path):
@@ -725,7 +698,7 @@ def write_figure(number, rows, path):
 
     A curve is of one group of rows, which can be compared.
     """
-    points = {}
+    points = defaultdict(list)
     for (group, name, _), row in rows.items():
         settings = row["settings"]
         if number == 4 and row["method"] in ("oracle", "baseline"):
@@ -737,14 +710,14 @@ def write_figure(number, rows, path):
             x = settings["images_seen"]
         else:
             continue
-        points.setdefault((f"{curve}, {group}", x), []).append(row["fid"])
+        points[f"{curve}, {group}", x].append(row["fid"])
     if not points:
         raise UserError(f"no evaluation is for Fig. {number}: draw with sample.py --y pca:8 or --snapshots")
     xlabel = "dimensions or clusters of y" if number == 4 else "images seen in training"
     save_curves(path, points, xlabel, "FID", xscale="symlog", yscale="log")
 
 
-def save_curves(path, points, xlabel, ylabel, drawstyle="default", **axes):
+def save_curves(path, points, xlabel, ylabel, **axes):
     """{(curve, x): values} -> their means in path.csv and, with matplotlib, path.png."""
     lines = [[curve, x, np.mean(values)] for (curve, x), values in sorted(points.items())]
     with open(f"{path}.csv", "w", newline="") as file:
@@ -757,10 +730,9 @@ def save_curves(path, points, xlabel, ylabel, drawstyle="default", **axes):
     figure = Figure(layout="constrained", dpi=150)
     plot = figure.subplots()
     plot.set(xlabel=xlabel, ylabel=ylabel, **axes)
-    for curve in dict.fromkeys(line[0] for line in lines):
-        _, x, mean = zip(*[line for line in lines if line[0] == curve])
-        color = "black" if curve == TRAINING else None
-        plot.plot(x, mean, ".-", color=color, drawstyle=drawstyle, label=curve)
+    for curve, group in groupby(lines, itemgetter(0)):
+        _, x, mean = zip(*group)
+        plot.plot(x, mean, ".-", label=curve)
     figure.legend(loc="outside lower center")
     figure.savefig(f"{path}.png")
     print(f"{path}.csv, {path}.png")
@@ -769,78 +741,77 @@ def save_curves(path, points, xlabel, ylabel, drawstyle="default", **axes):
 # ============================================================================================================
 # 7 The command line
 # ============================================================================================================
-def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.add_argument
-    flag("--dataset", help="whose samples (default: shapes; of --images what they say)")
-    flag("--images", nargs="+",
-         help="folders, zips, .npz with arr_0 (default: what sample.py has drawn, of independent images)")
-    flag("--reference", help="the same, or EDM's or OpenAI's .npz (default: the training images)")
-    flag("--data", help="where the training images are now (default: where they were)")
-    flag("--features", choices=["world", "inception", "pixels"],
-         help="what FID compares (default: world on shapes, pixels on fashion-mnist, else inception)")
-    flag("--nearest", choices=["lpips", "clip", "pixels"],
-         help="instead of metrics: the nearest training images, by this distance")
-    flag("--n", type=int, default=100, help="images of each folder for --nearest (default: 100)")
-    flag("--tables", nargs="*",
-         help="instead: the paper's tables, of these results.jsonl (of no file: --dataset's)")
-    flag("--figure", type=int, choices=[4, 5], help="instead: this figure, from the same files")
-    flag("--runs", default="runs", help="folder of all runs (default: runs)")
-    flag("--samples", default="samples", help="folder of all samples and results (default: samples)")
-    flag("--inception-weights", help="the public file (default: downloaded once)")
-    flag("--lpips-weights", nargs=2, help="the public files of linear layers and AlexNet (likewise)")
-    flag("--device", default="auto", help="cuda, cuda:1, cpu (default: cuda, else cpu)")
-    return parser.parse_args()
+@dataclass
+class Flags:
+    """The flags; - stands for _, as in --lpips-weights."""
+    dataset: str = None             # whose samples; default: shapes, or what --images say
+    images: list = ()               # folders, zips, .npz with arr_0; default: what sample.py has drawn
+    reference: str = None           # the same, or EDM's or OpenAI's .npz; default: the training images
+    data: str = ""                  # where the training images are now
+    features: str = None            # what FID compares: world (default on shapes), pixels (default on
+                                    # fashion-mnist) or inception (default elsewhere)
+    nearest: str = None             # instead: the nearest training images, by lpips, clip or pixels
+    n: int = 100                    # images of each folder for --nearest
+    tables: list = None             # instead: the paper's tables, of these results.jsonl or --dataset's
+    figure: int = None              # instead: figure 4 or 5, from the same files
+    runs: str = "runs"              # folder of all runs
+    samples: str = "samples"        # folder of all samples and results
+    inception_weights: str = None   # the public file; default: downloaded once
+    lpips_weights: list = None      # the public files of linear layers and AlexNet; default: downloaded once
+    device: str = "auto"            # cuda, cuda:1, cpu; auto: cuda, else cpu
+
+
+CHOICES = {
+    "features": ["world", "inception", "pixels"],
+    "nearest": ["lpips", "clip", "pixels"],
+    "figure": [4, 5]
+}
 
 
 def main():
-    args = parse()
+    args = Flags(**twosdm.parse_flags(Flags, __doc__, CHOICES))
     if twosdm.processes() > 1:
         raise UserError("evaluate.py is one process: start it without torchrun, and sample.py with it")
     if args.dataset is None:
         args.dataset = "shapes"
         if args.images:
             args.dataset = read_settings(args.images[0]).get("dataset", "images")
-    path = Path(args.samples, args.dataset, "results.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(args.samples, args.dataset)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.jsonl"
     if args.figure or args.tables is not None:
         rows = read_results(args.tables or [path])
         if args.figure:
-            write_figure(args.figure, rows, path.with_name(f"figure-{args.figure}"))
+            write_figure(args.figure, rows, folder / f"figure-{args.figure}")
         else:
             print(table({key: row for key, row in rows.items() if not row["settings"].get("snapshot")}))
         return
     device = twosdm.pick_device(args.device)
-    if device.type == "mps":
-        device = torch.device("cpu")                          # Apple's GPU has no float64
     twosdm.set_precision("fp32", device)                      # TF32 would change the third digit
-    sets = find_samples(args)
+    sets = find_samples(args, folder)
     config = find_config(sets, args)
-    real, statistics = find_reference(args, config)
-    if real is not None:
-        check_comparable(sets, real, args)
+    real, statistics = find_reference(sets, args, config)
     if args.reference is None:
         # What a perfect model would draw.
         others = twosdm.test_images(config, max(len(samples.images) for samples in sets))
         if others is not None:
             sets.append(Samples("real", others, {}))
     if args.nearest:
-        found = measure_distances(sets, real, args, config, device)
+        found = measure_distances(sets, real, args, config, folder, device)
     else:
-        found = measure(sets, real, statistics, args, device)
+        found = measure(sets, real, statistics, args, folder / "features", device)
     rows = {}
-    for samples, compared, values, protocol in found:
+    for samples, values in found:
         row = dict(
             name=samples.name,
             method=samples.settings.get("method", samples.name),
             dataset=args.dataset,
-            features=compared,
             **values,
-            protocol=protocol | dict(
+            protocol=dict(
                 reference=args.reference or TRAINING,
-                n_real=real and len(real)),
+                n_real=real and len(real),
+                k=BALL_NEIGHBORS,
+                is_block=IS_BLOCK),
             settings=samples.settings)
         append_row(path, row)
         rows[key_of(row)] = row

@@ -61,7 +61,7 @@ class Pipeline:
         self.config = SimpleNamespace(**self.checkpoint["config"])            # of its training
         self.class_counts = []                        # how often each class is to come
         if self.config.a == "class":
-            self.class_counts = self.checkpoint["class_counts"] or [1] * len(self.checkpoint["classes"])
+            self.class_counts = self.checkpoint["class_counts"]
         self.y_dim = self.checkpoint["models"]["image"]["settings"]["cond_dim"] - len(self.class_counts)
         self.check(checkpoints)
         steps = args.steps or self.config.steps
@@ -93,13 +93,9 @@ class Pipeline:
         if args.class_ is not None and args.class_ not in np.flatnonzero(self.class_counts):
             raise UserError(f"--class {args.class_}: this model knows {len(self.class_counts)} classes, from "
                             f"0, of which some may have no images")
-        if self.method == "oracle" and self.y_dim == 0:
-            raise UserError("the oracle needs an image model that is told y: give another --y")
-        if args.guidance != 1 and ("image" not in checkpoints or not self.config.y_dropout):
+        if args.guidance != 1 and not self.config.y_dropout:
             raise UserError("--guidance needs an image model that sometimes was not told y: python train.py "
                             "--stage image --y-dropout 0.1")
-        if args.interpolate and self.method != "joint" and "prior" not in checkpoints:
-            raise UserError("--interpolate needs a prior: give --method 2sdm or joint, and --y all or pca:D")
 
     def open_images(self):
         """The images whose embeddings are the oracle's y: those of --like, or else the training images."""
@@ -124,36 +120,28 @@ class Pipeline:
         return pick_numbers(seeds, chances, twosdm.ORACLE)
 
     @torch.no_grad()
-    def conditions(self, seeds, noise=None):
-        """Stage 1: (B,) seeds -> y (B, D) and a (B, A), None where the method has none.
-
-        noise: for the prior, in place of the seeds' own.
-        """
+    def conditions(self, seeds, noise):
+        """Stage 1: (B,) seeds, noise of B rows for the prior -> y (B, D), a (B, A), or None for either."""
         y = None
         a = None
         labels = None
         if self.method == "oracle":
             rows = self.choose_images(seeds)
             y = self.embedder(self.images.batch(rows, self.device))
-            if self.images.labels is not None:
+            if self.images.classes:
                 labels = self.images.labels[rows]
         if self.class_counts:
             if self.args.class_ is not None:
                 labels = [self.args.class_] * len(seeds)
             elif labels is None:
                 labels = pick_numbers(seeds, self.class_counts, twosdm.CLASS)
-            a = self.one_hot(labels, len(self.class_counts))
+            a = torch.eye(len(self.class_counts), device=self.device)[labels]                 # one-hot
         if "prior" in self.networks:
-            if noise is None:
-                noise = SampleNoise(seeds, self.device, twosdm.PRIOR)
             y = twosdm.sample_embeddings(self.networks["prior"], noise, a, self.sampler)          # p(y | a)
         elif self.method == "2sdm" and self.y_dim:                            # Class-cond
             counts = self.checkpoint["embedder"]["reduction"]["counts"].numpy()
-            y = self.one_hot(pick_numbers(seeds, counts, twosdm.CLUSTER), len(counts))
+            y = torch.eye(self.y_dim, device=self.device)[pick_numbers(seeds, counts, twosdm.CLUSTER)]
         return y, a
-
-    def one_hot(self, numbers, classes):
-        return torch.eye(classes, device=self.device)[numbers]                # (B,) -> (B, classes)
 
     @torch.no_grad()
     def render(self, noise, y, a):
@@ -174,11 +162,8 @@ class Pipeline:
         return {
             "method": self.method,
             "dataset": args.dataset,
-            "tag": args.tag,
-            "seed": args.seed,
             "class": args.class_,
             "like": args.like,
-            "y": self.config.y if self.y_dim else "none",
             "y_dim": self.y_dim,
             "steps": self.sampler.steps,
             "image_steps": self.image_sampler.steps,
@@ -188,8 +173,6 @@ class Pipeline:
             "compile": args.compile,
             "weights": {part: twosdm.fingerprint(network) for part, network in self.networks.items()},
             "images_seen": self.checkpoint["seen"],
-            "train_seed": self.config.seed,
-            "finetuned": bool(self.config.init_from),
             "images": self.checkpoint["identity"]["images"],
             "config": self.checkpoint["config"]
         }
@@ -228,18 +211,19 @@ def draw(pipeline, rows, column):
     image noise from column to column. The corners belong to two seeds: two of them are the images that these
     give alone.
     """
+    device = pipeline.device
     if pipeline.args.interpolate:
-        B = len(rows)
         seed = pipeline.args.seed
-        way = torch.linspace(0, 1, pipeline.args.interpolate, device=pipeline.device)
-        y, a = pipeline.conditions([seed] * B, NoiseBetween(seed, twosdm.PRIOR, way[rows]))   # a: the seed's
-        noise = NoiseBetween(seed, twosdm.IMAGE, way[column].expand(B))
+        way = torch.linspace(0, 1, pipeline.args.interpolate, device=device)
+        between = NoiseBetween(seed, twosdm.PRIOR, way[rows])
+        y, a = pipeline.conditions([seed] * len(rows), between)               # a: the seed's
+        noise = NoiseBetween(seed, twosdm.IMAGE, way[column].expand(len(rows)))
     else:
-        y, a = pipeline.conditions(rows)
+        y, a = pipeline.conditions(rows, SampleNoise(rows, device, twosdm.PRIOR))
         stream = twosdm.IMAGE
         if column > 0:
             stream = twosdm.FURTHER + column - 1
-        noise = SampleNoise(rows, pipeline.device, stream)
+        noise = SampleNoise(rows, device, stream)
     return pipeline.render(noise, y, a)
 
 
@@ -299,6 +283,7 @@ def draw_missing(pipeline, files, rows, columns):
 
     Of several processes, each draws a part of the batches.
     """
+    device = pipeline.device
     size = pipeline.args.batch
     batches = []                                      # (rows, their column)
     for column in range(columns):
@@ -308,7 +293,6 @@ def draw_missing(pipeline, files, rows, columns):
     twosdm.wait_for_all()                             # nobody draws before all have looked
     batches = batches[rank()::twosdm.processes()]
 
-    device = pipeline.device
     at_once = 1
     if pipeline.config.threads and device.type == "cpu":
         # Small networks do not keep several threads busy. Several batches do.
@@ -324,13 +308,12 @@ def draw_missing(pipeline, files, rows, columns):
         times.append([time.perf_counter() - start, len(pixels)])
         return pixels
 
-    total = sum(len(batch_rows) for batch_rows, _ in batches)
+    bar = twosdm.progress(batches, pipeline.method, " batches")
     # This thread writes the pictures of a batch while the others draw the next ones.
-    with ThreadPoolExecutor(at_once) as threads, twosdm.progress(what=pipeline.method, total=total) as bar:
-        for (batch_rows, column), pixels in zip(batches, threads.map(draw_batch, batches)):
+    with ThreadPoolExecutor(at_once) as threads:
+        for (batch_rows, column), pixels in zip(bar, threads.map(draw_batch, batches)):
             for row, picture in zip(batch_rows, pixels):
                 twosdm.save_picture(files[row, column], picture)
-            bar.update(len(pixels))
     twosdm.wait_for_all()
     return times
 
@@ -338,10 +321,9 @@ def draw_missing(pipeline, files, rows, columns):
 def timing(times, batch, device):
     """What Table 5 shows. The first batch is left out, as it warms up the device."""
     seconds, images = np.sum(times[1:], axis=0)
-    name = f"CPU, threads per batch: {torch.get_num_threads()}"
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return dict(ms_per_image=1000 * seconds / images, batch=batch, device=name, images=int(images))
+        device = torch.cuda.get_device_name(device)
+    return dict(ms_per_image=1000 * seconds / images, batch=batch, device=str(device))
 
 
 def draw_method(method, paths, args, device):
@@ -370,13 +352,13 @@ def draw_method(method, paths, args, device):
     if args.npz:
         with twosdm.written(folder / "samples.npz") as file:
             np.savez(file, arr_0=drawn[:])
-    width = columns if columns > 1 else 8
+    width = columns if columns > 1 or args.like else 8
     shown = drawn[:8 * width]
     if args.like:                                     # each before its variations
         given = pipeline.images.pixels[:8]
         shown = np.insert(shown, np.arange(0, len(shown), width), given, axis=0)
         width += 1
-    twosdm.save_picture(folder / "grid.png", twosdm.image_grid(shown, width), least=512)
+    twosdm.save_picture(folder / "grid.png", twosdm.picture({name: shown}, width))
     print(folder / "grid.png")
     return shown
 
@@ -390,7 +372,7 @@ class Flags:
     # Whose models
     dataset: str = "shapes"
     method: list = ()               # of 2sdm, oracle, baseline, joint; default: all that are trained
-    y: str = "all"                  # as in training: all, pca:D, kmeans:K or none
+    y: str = "all"                  # as in training: all, pca:D or kmeans:K
     tag: str = ""                   # take the runs with this tag where there are any
     snapshots: bool = False         # draw with each snapshot of the image model
     checkpoint: list = ()           # files, in place of the runs' own
@@ -408,7 +390,7 @@ class Flags:
     churn: float = None             # S_churn; 0 = deterministic; default: the run's
     guidance: float = 1.0           # on y, for runs with --y-dropout; 1 = none
     batch: int = 64                 # images drawn at a time
-    device: str = "auto"            # auto: cuda, else mps, else cpu
+    device: str = "auto"            # cuda, cuda:1, cpu; auto: cuda, else cpu
     precision: str = "auto"         # fp32, tf32, bf16; auto: tf32 on cuda, else fp32
     compile: bool = False           # torch.compile the networks: pays for thousands of images
     samples: str = "samples"        # folder of all samples
@@ -421,26 +403,6 @@ CHOICES = {
     "method": METHODS,
     "precision": ["auto", "fp32", "tf32", "bf16"]
 }
-LEAST = {
-    "n": 1,
-    "batch": 1,
-    "steps": 2,
-    "image_steps": 2,
-    "same_y": 2,
-    "interpolate": 2
-}
-
-
-def parse():
-    """-> the `Flags`. Raises UserError for numbers that are too small, and an unknown --y."""
-    args = Flags(**twosdm.parse_flags(Flags, __doc__, CHOICES))
-    twosdm.parse_y(args.y)
-    for name, least in LEAST.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {least}")
-    return args
-
 
 def choose_methods(args):
     """-> the methods that the flags name or need, or else all that are trained. UserError if none is."""
@@ -500,7 +462,9 @@ def folder_name(method, args):
 
 
 def main():
-    args = parse()
+    args = Flags(**twosdm.parse_flags(Flags, __doc__, CHOICES))
+    if min(args.n, args.batch) < 1 or 1 in (args.steps, args.image_steps):
+        raise UserError("--n and --batch are numbers from 1, --steps and --image-steps from 2")
     device = twosdm.pick_device(args.device)
     twosdm.start_processes(device)
     args.precision = twosdm.set_precision(args.precision, device, auto="tf32")
@@ -517,7 +481,7 @@ def main():
             pictures[TITLES[method]] = draw_method(method, paths | {stage: file}, args, device)
     if rank() == 0 and len(pictures) > 1:
         path = Path(args.samples, args.dataset, "grid.png")
-        twosdm.save_picture(path, twosdm.titled(pictures, columns=8))
+        twosdm.save_picture(path, twosdm.picture(pictures, columns=8))
         print(path)
 
 

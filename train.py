@@ -6,18 +6,16 @@
 A run lives in runs/<dataset>/<stage>/: checkpoint.pt, log.jsonl, samples-*.png, snapshot-*.pt.
 Started again it goes on where it stopped.
 """
-import contextlib
 import functools
 import json
 import math
 import multiprocessing
 import os
-import shlex
 import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +61,7 @@ class Config:
     # What the models are told
     embedder: str = "clip"              # clip, pixels (the image at 4x4) or shapes (the world's own) (paper)
     embedder_weights: str = "openai"    # of CLIP: a name that open_clip downloads, or a file (paper)
-    y: str = "all"                      # what of the embedding is kept: all; pca:D or kmeans:K of it; none
+    y: str = "all"                      # what of the embedding is kept: all, pca:D or kmeans:K of it
     y_dropout: float = 0.0              # how often the image model is not told y, for guidance (ours)
     a: str = "none"                     # what the user conditions on: none or class
 
@@ -74,7 +72,6 @@ class Config:
     prior_width: int = 512              # (authors)
     prior_depth: int = 6                # (authors)
     prior_heads: int = 8                # (authors)
-    prior_predict: str = "data"         # data: y itself (paper); edm: as EDM's networks, to compare (ours)
 
     # The image model and the baseline
     images: int = 25 * M                # length, in images seen (inferred: EDM's 200 M are 32 GPU-days)
@@ -99,7 +96,7 @@ class Config:
     seed: int = 0                       # of the training; the data stay the same
     runs: str = "runs"                  # folder of all runs
     tag: str = ""                       # suffix of the run's folder, to keep a variant beside others
-    device: str = "auto"                # auto: cuda, else mps, else cpu
+    device: str = "auto"                # cuda, cuda:1, cpu; auto: cuda, else cpu
     precision: str = "auto"             # fp32, tf32 or bf16; auto: bf16 where a GPU is fast in it, else fp32
     compile: bool = False               # torch.compile the networks
     batch_gpu: int = 32                 # images of the U-Net per forward pass, to fit 16 GB
@@ -110,12 +107,14 @@ class Config:
     save_minutes: float = 10.0          # between checkpoints
 
 
-ADM = dict(arch="adm", width=192, mults=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), batch_gpu=8)     # EDM
+ADM = dict(twosdm.ARCHITECTURES["adm"], arch="adm", batch_gpu=8)          # EDM
 # Paper: batch, lr, no augmentation. EDM: dropout; its EMA of 50 M images belongs to its 2,500 M.
 IMAGENET = dict(ADM, augment=0.0, dropout=0.10, batch=128, lr=1e-4)
 # Ours: minutes on a CPU, where many small steps learn more than few large ones.
-SMALL = dict(prior_width=128, prior_depth=3, prior_heads=4, width=24, mults=(1, 2, 2), blocks=1,
-             lr_ramp=4 * K, threads=1, log_every=2 * K, save_minutes=0.2)
+SMALL = dict(prior_images=400 * K, prior_lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4, width=24,
+             mults=(1, 2, 2), blocks=1, lr_ramp=4 * K, threads=1, log_every=2 * K, save_minutes=0.2)
+SIXTEEN = dict(SMALL, resolution=16, augment=0.0, prior_batch=64, batch=16, attention=(4,), dropout=0.0,
+               steps=18, churn=0.0)
 
 PRESETS = {
     "afhq": dict(dropout=0.25),                       # paper: as EDM
@@ -127,14 +126,11 @@ PRESETS = {
     "cifar10": dict(resolution=32, a="class", augment=0.12, dropout=0.13, mults=(2, 2, 2), images=200 * M,
                     batch=512, lr=1e-3, batch_gpu=64),                    # EDM
     # Ours: your own images, and two data sets for a laptop.
-    "folder": dict(SMALL, resolution=32, attention=(8,), prior_images=400 * K, prior_lr=1e-3, images=50 * K,
-                   batch=32, lr=2e-3, preview_every=6 * K),
-    "fashion-mnist": dict(SMALL, resolution=16, embedder="pixels", augment=0.0, dropout=0.0, attention=(4,),
-                          prior_images=400 * K, prior_batch=64, prior_lr=2e-3, images=80 * K, batch=16,
-                          lr=3e-3, steps=18, churn=0.0, preview_every=20 * K),
-    "shapes": dict(SMALL, resolution=16, embedder="shapes", augment=0.0, dropout=0.0, attention=(4,),
-                   prior_images=400 * K, prior_batch=64, prior_lr=2e-3, images=28 * K, batch=16, lr=4e-3,
-                   steps=18, churn=0.0, preview_every=14 * K, snapshot_every=10 * K),
+    "folder": dict(SMALL, resolution=32, attention=(8,), images=50 * K, batch=32, lr=2e-3,
+                   preview_every=6 * K),
+    "fashion-mnist": dict(SIXTEEN, embedder="pixels", images=80 * K, lr=3e-3, preview_every=20 * K),
+    "shapes": dict(SIXTEEN, embedder="shapes", images=32 * K, lr=4e-3, preview_every=16 * K,
+                   snapshot_every=10 * K),
 }
 
 
@@ -143,7 +139,6 @@ CHOICES = {
     "dataset": PRESETS,
     "embedder": twosdm.EMBEDDERS,
     "a": ["none", "class"],
-    "prior_predict": ["data", "edm"],
     "arch": twosdm.ARCHITECTURES,
     "precision": ["auto", "fp32", "tf32", "bf16"]
 }
@@ -151,34 +146,20 @@ CHOICES = {
 
 def configure(dataset="shapes", **changes):
     """The settings of an experiment: the defaults, then the preset, then the changes. Raises UserError."""
-    config = replace(Config(dataset=dataset), **PRESETS[dataset])
-    config = replace(config, **changes)
+    config = Config(**dict(PRESETS[dataset], dataset=dataset) | changes)
     if config.data:
         config.data = str(Path(config.data).absolute())                   # sample.py may be run elsewhere
-    check(config)
-    return config
-
-
-def check(config):
-    """Raises UserError for settings that cannot be used."""
     kind, _ = twosdm.parse_y(config.y)
-    for name in ("batch", "prior_batch", "batch_gpu", "resolution", "log_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} 0: give a number from 1")
     halved = 2 ** (len(config.mults) - 1) * (8 if config.vae else 1)
-    heads = 64 if config.arch == "adm" else 4
     if config.resolution % halved:
         raise UserError(f"--resolution {config.resolution} is halved at each level: {halved} must divide it")
-    if config.width % heads or config.prior_width % math.lcm(4, config.prior_heads):
-        raise UserError(f"--width must be divisible by {heads}, --prior-width by 4 and by --prior-heads")
     if config.embedder == "shapes" and config.dataset != "shapes":
         raise UserError("--embedder shapes knows the embedded world alone: give clip or pixels")
     if config.vae and config.augment:
         raise UserError("--vae keeps the latents of images as they are: give --augment 0")
     if config.a == "class" and kind == "kmeans":
         raise UserError("--y kmeans draws clusters regardless of the class: give --a none")
-    if config.y_dropout and kind == "none":
-        raise UserError("--y none leaves --y-dropout nothing to drop: leave one of them out")
+    return config
 
 
 def lengths(config, stage):
@@ -202,10 +183,7 @@ class TrainingData:
         self.stage = stage
         self.device = device
         self.autoencoder = twosdm.Autoencoder(config.vae).to(device) if config.vae else None
-        if config.init_from and not config.images:
-            self.images = no_images(config)
-        else:
-            self.images = twosdm.load_images(config, self.autoencoder)
+        self.images = twosdm.load_images(config, self.autoencoder)
         self.augment = twosdm.Augment(config.augment) if config.augment else None
         self.classes = 0
         if config.a == "class":
@@ -215,7 +193,7 @@ class TrainingData:
                                 f"{self.images.why_no_classes}")
         self.embedder = None
         self.bank = None
-        if stage in ("prior", "image") and config.y != "none":
+        if stage in ("prior", "image"):
             self.embedder = find_embedder(config, self.images, device)
             # The prior is tiny and CLIP is not: it trains from embeddings that are computed once.
             if stage == "prior" or self.augment is None:
@@ -226,10 +204,17 @@ class TrainingData:
         """(B,) -> x (B, C, H, W), y (B, D), a (B, A), label (B, 9); None for what this stage does not use."""
         x = None
         y = None
+        a = None
         label = None
-        a = self.condition(rows)
+        if self.classes:
+            a = F.one_hot(send(self.images.labels[rows], self.device), self.classes).float()
         if self.stage != "prior":
-            x, label = self.examples(rows)
+            if self.autoencoder is not None:
+                x = self.autoencoder.sample(send(self.images.latents[rows], self.device))
+            else:
+                x = self.images.batch(rows, self.device)
+            if self.augment is not None:              # `configure` refuses it for latents
+                x, label = self.augment(x)
         if self.bank is not None:
             view = torch.randint(len(self.bank), (len(rows),)).numpy()
             stored = send(self.bank[view, rows], self.device)                 # (B, embedder's dim + 9)
@@ -242,43 +227,22 @@ class TrainingData:
             y = y * (torch.rand(len(y), 1, device=self.device) >= self.config.y_dropout)
         return x, y, a, label
 
-    def condition(self, rows):
-        """(B,) -> a (B, A), classes as one-hots, or None."""
-        if not self.classes:
-            return None
-        return F.one_hot(send(self.images.labels[rows], self.device), self.classes).float()
-
-    def examples(self, rows):
-        """(B,) -> images or latents (B, C, H, W), augmentation labels (B, 9) or None."""
-        if self.autoencoder is not None:
-            moments = send(self.images.latents[rows], self.device)
-            return self.autoencoder.sample(moments), None
-        x = self.images.batch(rows, self.device)
-        if self.augment is None:
-            return x, None
-        return self.augment(x)
-
-
-def no_images(config):
-    """Stands for the images of EDM's .pkl, if it is only made a checkpoint (--images 0)."""
-    state = twosdm.load_edm_pickle(config.init_from)
-    of_classes = state.get("map_cond.weight", torch.empty(0, 0))              # (width, number of classes)
-    classes = [str(i) for i in range(of_classes.shape[1])]
-    pixels = np.empty((0, config.resolution, config.resolution, 3), np.uint8)
-    return twosdm.Images("none", pixels, None, classes, "the file has none")
-
 
 def find_embedder(config, images, device):
     """e_i. What is decided by all training images, such as clusters, is decided once."""
     embedder = twosdm.Embedder(config.embedder, twosdm.embedder_weights(config)).to(device)
-    if config.y == "all":
+    kind, size = twosdm.parse_y(config.y)
+    if kind == "all":
         return embedder
 
     def fit():
         bank = twosdm.embedding_bank(images, embedder, cache_of(config), device=device)
-        return twosdm.fit_reduction(config.y, bank[0, :, :-LABEL_DIM]).state_dict()
+        most = embedder.dim if kind == "pca" else len(images)
+        if size > most:
+            raise UserError(f"--y {config.y}: there are {embedder.dim} dimensions and {len(images)} images: "
+                            f"give at most {most}")
+        return twosdm.REDUCTIONS[kind].fit(bank[0, :, :-LABEL_DIM], size).state_dict()
 
-    kind, size = twosdm.parse_y(config.y)
     weights = twosdm.fingerprint(embedder.backbone)
     path = cache_of(config) / f"{kind}{size}-{images.name}-{config.embedder}-{weights}.pt"
     embedder.reduction = twosdm.REDUCTIONS[kind](**twosdm.cached(path, fit))
@@ -293,11 +257,11 @@ class Models(nn.Module):
     Departure: one backward pass of the sum, where the paper accumulates the gradients of two: they are equal.
     """
 
-    def __init__(self, prior=None, image=None, embedder=None):
+    def __init__(self):
         super().__init__()
-        self.prior = prior
-        self.image = image
-        self.embedder = embedder
+        self.prior = None
+        self.image = None
+        self.embedder = None
 
     def forward(self, x, y, a, label):
         if self.embedder is not None:
@@ -318,9 +282,9 @@ def describe(config, stage, data):
     augment_dim = LABEL_DIM if config.augment else 0
     channels = 3
     resolution = config.resolution
-    if config.vae:
-        _, channels, resolution, _ = data.images.latents.shape
-        channels //= 2                                # means and standard deviations
+    if config.vae:                                    # of the latents
+        channels = 4
+        resolution //= 8
     prior = dict(dim=dim, cond_dim=data.classes, augment_dim=augment_dim, width=config.prior_width,
                  depth=config.prior_depth, heads=config.prior_heads)
     image = dict(resolution=resolution, channels=channels, cond_dim=dim + data.classes,
@@ -328,22 +292,23 @@ def describe(config, stage, data):
                  mults=config.mults, blocks=config.blocks, attention=config.attention)
     models = {}
     if stage in ("prior", "joint"):
-        models["prior"] = dict(net="prior", predict=config.prior_predict, settings=prior)
+        models["prior"] = dict(net="prior", predict="data", settings=prior)
     if stage != "prior":
         models["image"] = dict(net="unet", predict="edm", settings=image)
     return models
 
 
 def build(config, stage, described, data):
-    """New models with random weights, or EDM's where --init-from says so."""
+    """New models with random weights."""
     torch.manual_seed(config.seed)
     models = Models()
     for part, model in described.items():
-        setattr(models, part, twosdm.build_denoiser(model))
+        denoiser = twosdm.build_denoiser(model)
+        if config.compile:
+            denoiser.net.compile()                    # when it is first used; copies of it are not compiled
+        setattr(models, part, denoiser)
     if stage == "joint":
         models.embedder = twosdm.EMBEDDERS[config.embedder]()
-    if config.init_from and stage != "prior":
-        twosdm.init_from_edm(models.image.net, config.init_from, data.classes)
     # On a GPU, GroupNorm undoes it unless it is compiled.
     if data.device.type == "cpu" or config.compile:
         models.to(memory_format=torch.channels_last)
@@ -359,6 +324,8 @@ def train(config, stage, device):
     team = processes()
     if batch % team:
         raise UserError(f"a batch of {batch} cannot be shared equally by {team} processes")
+    if config.threads:
+        torch.set_num_threads(config.threads)
     precision = twosdm.set_precision(config.precision, device)
     # The prior predicts y itself, of which bf16 would leave 8 bits.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and stage != "prior")
@@ -382,16 +349,14 @@ def train(config, stage, device):
         run.optimizer.zero_grad()
         for i, part in enumerate(np.array_split(rows, parts)):
             x, y, a, label = data.batch(part)
-            # Processes add up their gradients once per step, with the last part.
-            waits = model.no_sync() if team > 1 and i < parts - 1 else contextlib.nullcontext()
-            with waits:
-                with autocast:
-                    loss = model(x, y, a, label)
-                (loss.sum() / share).backward()
+            # Several processes add up their gradients once per step, with the last part.
+            model.require_backward_grad_sync = i == parts - 1
+            with autocast:
+                loss = model(x, y, a, label)
+            (loss.sum() / share).backward()
             losses.append(loss.detach().mean())
         for parameter in run.models.parameters():     # as EDM does
-            if parameter.grad is not None:
-                torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)
+            torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)
         run.optimizer.step()
         run.ema.update(run.models, run.seen, batch)
         run.seen += batch
@@ -403,18 +368,19 @@ def train(config, stage, device):
             losses = []
             start = run.seen
             began = time.time()
-        if stage != "prior" and due(run.seen, batch, length, config.snapshot_every):
-            run.save(f"snapshot-{run.seen:010d}.pt")
-        if due(run.seen, batch, length, config.preview_every):
-            run.preview()
+        if stage != "prior":                          # which draws no images
+            if due(run.seen, batch, length, config.snapshot_every):
+                run.save(f"snapshot-{run.seen:010d}.pt")
+            if due(run.seen, batch, length, config.preview_every):
+                run.preview()
         if time.time() - saved > 60 * config.save_minutes or run.seen >= length:
-            run.save_all(losses)
+            run.save_all()
             saved = time.time()
     bar.close()
     say(f"{stage}: {run.seen:,} images seen; it is in {run.folder}")
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(2)
 def order(total, seed, epoch):
     """The order of all images in an epoch: (total,)."""
     return np.random.RandomState(mix_seed(seed, epoch)).permutation(total)
@@ -426,15 +392,12 @@ def shuffled(start, stop, total, seed):
     Departure: each epoch is a permutation of all images, which follows from (seed, epoch) alone; EDM shuffles
     within a window that moves over the data, which has a memory.
     """
-    places = np.arange(start, stop)
-    epochs = places // total
-    rows = [order(total, seed, epoch)[places[epochs == epoch] % total] for epoch in np.unique(epochs)]
-    return np.concatenate(rows)
+    return np.array([order(total, seed, n // total)[n % total] for n in range(start, stop)])
 
 
 def due(seen, batch, length, every):
     """Whether this batch has reached a multiple of `every` images, or the end; never if that is 0."""
-    return every > 0 and (seen >= length or seen // every > (seen - batch) // every)
+    return every > 0 and (seen >= length or seen % every < batch)
 
 
 # ============================================================================================================
@@ -453,22 +416,21 @@ class Run:
         self.folder = twosdm.run_folder(config.runs, config.dataset, stage, config.y, config.tag)
         self.described = describe(config, stage, data)
         self.models = build(config, stage, self.described, data)
-        # As EDM and the authors: pretrained weights stay in the average, which has no ramp then.
-        ramp = None if config.init_from and stage != "prior" else config.ema_ramp
+        ramp = config.ema_ramp
+        if config.init_from and stage != "prior":
+            # As EDM and the authors: pretrained weights stay in the average, which has no ramp then.
+            twosdm.init_from_edm(self.models.image.net, config.init_from, data.classes)
+            ramp = None
         self.ema = twosdm.EMA(self.models, config.ema_half_life, ramp)
         # PyTorch's betas and epsilon are EDM's, and there is no weight decay.
-        fused = data.device.type != "mps"
-        self.optimizer = torch.optim.Adam(self.models.parameters(), fused=fused)
+        self.optimizer = torch.optim.Adam(self.models.parameters(), fused=True)
         self.seen = 0
         self.log = []
         path = self.folder / "checkpoint.pt"
         if path.exists():
             self.restore(path)
         else:
-            self.save_all([])
-        for denoiser in (self.models.prior, self.models.image):
-            if denoiser is not None and config.compile:
-                denoiser.net.compile()
+            self.save_all()
 
     def restore(self, path):
         """Goes on from a checkpoint. Raises UserError if it was trained with other settings."""
@@ -488,7 +450,7 @@ class Run:
         """What a run may not change on its way."""
         config = self.config
         _, batch, lr = lengths(config, self.stage)
-        return dict(stage=self.stage, images=self.data.images.name, embedder=config.embedder, y=config.y,
+        return dict(images=self.data.images.name, embedder=config.embedder, y=config.y,
                     y_dropout=config.y_dropout, augment=config.augment, vae=config.vae, batch=batch, lr=lr,
                     init_from=config.init_from, seed=config.seed, models=self.described)
 
@@ -498,9 +460,7 @@ class Run:
             return
         images = self.data.images
         embedder = self.data.embedder
-        counts = []
-        if images.labels is not None:
-            counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
+        counts = np.bincount(np.int64(images.labels), minlength=len(images.classes)).tolist()
         twosdm.save_checkpoint(
             self.folder / name,
             stage=self.stage,
@@ -508,7 +468,6 @@ class Run:
             identity=self.identity(),
             models=self.described,
             embedder=None if embedder is None else twosdm.pack_embedder(embedder),
-            classes=list(images.classes),
             class_counts=counts,
             seen=self.seen,
             log=self.log,
@@ -516,27 +475,22 @@ class Run:
             **more
         )
 
-    def save_all(self, losses):
-        """The checkpoint. `losses`: since the last line of the log."""
-        self.mean_loss(losses)
+    def save_all(self):
+        """The checkpoint."""
         self.save("checkpoint.pt", net=self.models.state_dict(), optimizer=self.optimizer.state_dict())
 
-    def mean_loss(self, losses):
-        """The mean of the losses, per number of x and y. Raises UserError if it is not finite."""
+    def write_log(self, losses, images, began):
+        """A line of log.jsonl: mean loss per number of x and y (of several processes the first's), and speed.
+
+        losses: of the images since `began`.
+        """
         numbers = 0
         for model in self.described.values():
             settings = model["settings"]
             # A prior has dim numbers of y, an image model C x R x R of x.
             numbers += settings.get("dim") or settings["channels"] * settings["resolution"] ** 2
-        loss = sum(losses) / max(len(losses), 1) / numbers
-        if not math.isfinite(loss):
-            raise UserError("the loss is not finite any more: give a lower --lr or --precision fp32; the "
-                            "same command goes on from the last checkpoint")
-        return float(loss)
-
-    def write_log(self, losses, images, began):
-        """A line of log.jsonl: mean loss (of several processes the first's) and speed since `began`."""
-        loss = self.mean_loss(losses)                 # which waits for the GPU, before the clock is read
+        # `item` waits for the GPU, before the clock is read.
+        loss = torch.stack(losses).mean().item() / numbers
         speed = images / (time.time() - began)
         self.log.append(dict(images=self.seen, loss=loss, images_per_second=round(speed, 1)))
         if rank() == 0:
@@ -551,26 +505,19 @@ class Run:
         """A grid of samples: 18 steps, no churn; the image model draws after training images' embeddings."""
         data = self.data
         models = self.ema.net
-        if models.image is None or rank() > 0:
+        if rank() > 0:
             return
-        side = 8 if self.config.resolution < 64 else 4
-        rows = np.random.RandomState(0).permutation(len(data.images))[:side**2]
-        seeds = range(len(rows))
-        sampler = twosdm.Sampler(steps=18, s_churn=0.0)
-        a = data.condition(rows)
-        y = None
-        if models.prior is not None:
-            noise = twosdm.SampleNoise(seeds, data.device)
-            y = twosdm.sample_embeddings(models.prior, noise, a, sampler)
-        elif data.embedder is not None:
-            y = data.embedder(data.images.batch(rows, data.device))
-        noise = twosdm.SampleNoise(seeds, data.device, twosdm.IMAGE)
-        x = twosdm.sample_images(models.image, noise, y, a, sampler)
+        rows = np.random.RandomState(0).permutation(len(data.images))[:64]
+        x, y, a, _ = data.batch(rows)
+        if models.embedder is not None:
+            y = models.embedder(x)
+        noise = twosdm.SampleNoise(range(len(rows)), data.device, twosdm.IMAGE)
+        x = twosdm.sample_images(models.image, noise, y, a, twosdm.Sampler(steps=18, s_churn=0.0))
         if data.autoencoder is not None:
             x = data.autoencoder.decode(x)
         pixels = twosdm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
-        picture = twosdm.image_grid(pixels, side)
-        twosdm.save_picture(self.folder / f"samples-{self.seen:09d}.png", picture, least=512)
+        picture = twosdm.picture({f"{self.stage}, {self.seen:,} images seen": pixels}, columns=8)
+        twosdm.save_picture(self.folder / f"samples-{self.seen:09d}.png", picture)
 
 
 # ============================================================================================================
@@ -584,28 +531,22 @@ def main():
         stages = ["prior", "image", "baseline"] if twosdm.has_prior(config.y) else ["image", "baseline"]
     elif stage == "prior" and not twosdm.has_prior(config.y):
         raise UserError(f"--y {config.y} leaves the prior nothing to learn: leave out --stage prior")
-    elif stage == "joint" and (config.y != "all" or config.vae or config.embedder == "pixels"):
-        raise UserError("--stage joint trains an embedder of images: leave out --y, --vae, --embedder pixels")
+    elif stage == "joint" and (config.vae or config.embedder == "pixels"):
+        raise UserError("--stage joint trains an embedder of images: leave out --vae, --embedder pixels")
     device = twosdm.pick_device(config.device)
     twosdm.start_processes(device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     say(f"Training {', '.join(stages)} of {config.dataset} on {device}; an interrupted command goes on when "
         f"it is given again.")
     if len(stages) > 1 and config.threads and device.type == "cpu" and processes() == 1:
-        side_by_side(config, stages, device)
+        side_by_side(config, stages)
     else:
         for stage in stages:
             train(config, stage, device)
-    command = ["python", "sample.py", "--dataset", config.dataset]
-    for name in ("runs", "y", "tag"):
-        if getattr(config, name) != getattr(Config, name):
-            command += [f"--{name}", getattr(config, name)]
-    say(f"Next: {shlex.join(command)}")
+    say(f"Next: python sample.py --dataset {config.dataset}; with --runs, --y and --tag as here, if given")
 
 
-def side_by_side(config, stages, device):
-    """Trains stages that do not need each other at once, each in a process of its own.
+def side_by_side(config, stages):
+    """Trains stages that do not need each other at once on the CPU, each in a process of its own.
 
     Small networks do not keep many threads busy: with one each, two processes do twice as much as one. What
     several of them need, such as the embedder, the first one makes, while the others wait for it.
@@ -613,23 +554,21 @@ def side_by_side(config, stages, device):
     context = multiprocessing.get_context("spawn")
     children = []
     for row, stage in enumerate(stages):
-        child = context.Process(target=run_child, args=(config, stage, device, row), daemon=True)
-        child.start()
-        children.append(child)
+        children.append(context.Process(target=run_child, args=(config, stage, row), daemon=True))
+        children[row].start()
     for child in children:
         child.join()
     if any(child.exitcode for child in children):
         sys.exit(1)
 
 
-def run_child(config, stage, device, row):
+def run_child(config, stage, row):
     """Trains one of the stages that are side by side. `row` of the terminal has its progress bar."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # Ctrl-C is for the parent, with which this one ends
     threading.Thread(target=end_with_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())                  # the usual one warns when a process is ended
-    torch.set_num_threads(config.threads)
     twosdm.bar_row = row
-    twosdm.run(functools.partial(train, config, stage, device))
+    twosdm.run(functools.partial(train, config, stage, torch.device("cpu")))
 
 
 def end_with_parent():

@@ -26,6 +26,7 @@ import collections
 import copy
 import errno
 import functools
+import glob
 import gzip
 import hashlib
 import inspect
@@ -52,6 +53,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from scipy.cluster.vq import kmeans2
+from torch.backends import cudnn
 from torch.nn import init
 from tqdm import tqdm
 
@@ -74,14 +76,12 @@ class Denoiser(nn.Module):
     net(x, c_noise, cond, augment) that returns the shape of x.
     """
 
-    def __init__(self, net, sigma_data=0.5, predict="edm", p_mean=-1.2, p_std=1.2):
+    def __init__(self, net, sigma_data=0.5, predict="edm"):
         super().__init__()
         assert predict in ("edm", "data"), predict
         self.net = net
         self.sigma_data = sigma_data
         self.predict = predict
-        self.p_mean = p_mean
-        self.p_std = p_std
 
     def scalings(self, sigma):
         """(B,) -> c_skip, c_out, c_in, c_noise, each (B,): EDM Table 1; predict="data": D = net(c_in x)."""
@@ -105,9 +105,9 @@ class Denoiser(nn.Module):
     def loss(self, x, cond=None, augment=None):
         """(B, ...) -> (B,): lambda(sigma) |D(x + sigma eps; sigma) - x|², summed over x (Eq. 1; EDM Eq. 8).
 
-        One noise level per example, ln sigma ~ N(p_mean, p_std²) (EDM Table 1).
+        One noise level per example, ln sigma ~ N(-1.2, 1.2²) (EDM Table 1, P_mean and P_std).
         """
-        sigma = (torch.randn(len(x), device=x.device) * self.p_std + self.p_mean).exp()
+        sigma = (torch.randn(len(x), device=x.device) * 1.2 - 1.2).exp()
         noisy = x + per_example(sigma, x) * torch.randn_like(x)
         denoised = self(noisy, sigma, cond, augment)
         _, c_out, _, _ = self.scalings(sigma)
@@ -154,18 +154,16 @@ def heun_sample(denoise, noise, sigmas, s_churn=0.0, s_min=0.0, s_max=math.inf, 
     """EDM's stochastic sampler, Algorithm 2: 2N - 1 evaluations for N = len(sigmas) - 1 steps.
 
     denoise(x, sigma) with x (B, ...) and sigma (B,); `noise` (B, ...) is unit Gaussian, not yet scaled;
-    returns (B, ...). The state is float64 (float32 on Apple's GPU, which has no float64); the denoiser
-    computes as it likes.
+    returns (B, ...) float64. The denoiser computes as it likes.
     """
-    dtype = torch.float32 if noise.device.type == "mps" else torch.float64
     levels = [float(sigma) for sigma in sigmas]
     steps = len(levels) - 1
 
     def slope(x, sigma):
         denoised = denoise(x, x.new_full((len(x),), sigma))
-        return (x - denoised.to(dtype)) / sigma
+        return (x - denoised.double()) / sigma
 
-    x = noise.to(dtype) * levels[0]
+    x = noise.double() * levels[0]
     for sigma, sigma_next in zip(levels, levels[1:]):
         # Churn: add noise to go up to sigma_hat first, so that errors of earlier steps are forgotten.
         gamma = 0.0
@@ -221,10 +219,8 @@ class SampleNoise:
 def pick_numbers(seeds, counts, stream):
     """For each seed a number i with probability counts[i] / sum(counts): (B,) int64."""
     ends = np.cumsum(counts)
-    places = []
-    for seed in seeds:
-        generator = generator_of(seed, stream)
-        places.append(torch.randint(int(ends[-1]), (), generator=generator).item())
+    total = int(ends[-1])
+    places = [torch.randint(total, (), generator=generator_of(seed, stream)).item() for seed in seeds]
     return np.searchsorted(ends, places, side="right")
 
 
@@ -642,7 +638,7 @@ class ClipEmbedder(nn.Module):
             model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=weights,
                                            require_pretrained=weights is not None)
         except Exception as error:                    # a hub, a network and a foreign file fail as they like
-            raise UserError(f"CLIP's weights '{weights}' cannot be loaded ({one_line(error)}): connect once, "
+            raise UserError(f"CLIP's weights '{weights}' cannot be loaded ({error!r:.200}): connect once, "
                             f"or fetch open_clip_model.safetensors of timm/vit_base_patch32_clip_224.openai "
                             f"on Hugging Face and give --embedder-weights FILE; --embedder pixels needs none"
                             ) from error
@@ -652,7 +648,7 @@ class ClipEmbedder(nn.Module):
 
     def forward(self, x):
         # Departure: bilinear, as the authors' code has it; CLIP's own resize is bicubic.
-        x = F.interpolate(x, (224, 224), mode="bilinear", align_corners=False)
+        x = F.interpolate(x, 224, mode="bilinear")
         mean, std = self.colors
         return self.visual(((x + 1) / 2 - mean) / std)
 
@@ -739,10 +735,9 @@ class PCA(nn.Module):
     @classmethod
     def fit(cls, y, dims):
         """To the rows of y (N, D), 0 < dims <= D."""
-        with warnings.catch_warnings(action="ignore"):                    # that a mapped array is read-only
-            y = torch.as_tensor(y)
+        y = send(y, "cpu")
         mean = y.mean(0, dtype=torch.float64)
-        scatter = torch.zeros(y.shape[1], y.shape[1], dtype=torch.float64)
+        scatter = 0
         for part in y.split(8192):                    # a million rows in float64 would take gigabytes
             centered = part - mean
             scatter += centered.T @ centered
@@ -787,19 +782,19 @@ REDUCTIONS = {"pca": PCA, "kmeans": KMeans}
 
 
 def parse_y(y):
-    """--y -> (kind, size): ("all", 0), ("none", 0), ("pca", D) or ("kmeans", K). Raises UserError."""
-    if y in ("all", "none"):
+    """--y -> (kind, size): ("all", 0), ("pca", D) or ("kmeans", K). Raises UserError."""
+    if y == "all":
         return y, 0
     kind, _, size = y.partition(":")
     if kind not in REDUCTIONS or not re.fullmatch(r"[1-9]\d*", size):
-        raise UserError(f"--y {y} is unknown: choose all, pca:D, kmeans:K (such as pca:32) or none")
+        raise UserError(f"--y {y} is unknown: choose all, pca:D or kmeans:K, such as pca:32")
     return kind, int(size)
 
 
 def has_prior(y):
     """Whether stage 1 is a diffusion model; clusters are drawn by their frequency."""
     kind, _ = parse_y(y)
-    return kind in ("all", "pca")
+    return kind != "kmeans"
 
 
 class Embedder(nn.Module):
@@ -835,16 +830,6 @@ class Embedder(nn.Module):
             return embeddings
         with full_float32(embeddings.device):
             return self.reduction.transform(embeddings)
-
-
-def fit_reduction(y, embeddings):
-    """--y pca:D or kmeans:K and the backbone's embeddings (N, dim) -> PCA or KMeans. Raises UserError."""
-    kind, size = parse_y(y)
-    images, dim = embeddings.shape
-    most = dim if kind == "pca" else images
-    if size > most:
-        raise UserError(f"--y {y}: there are only {dim} dimensions and {images} images: give at most {most}")
-    return REDUCTIONS[kind].fit(embeddings, size)
 
 
 def pack_embedder(embedder):
@@ -887,11 +872,11 @@ def embedding_bank(images, embedder, folder, augment=None, views=1, device="cpu"
         name += f"-augment{augment.p:g}-views{views}"
     N = len(images)
 
-    def embed(start, stop):
-        x = images.batch(np.arange(start, stop) % N, device)
-        label = torch.zeros(len(x), LABEL_DIM, device=device)
+    def embed(rows):
+        x = images.batch(rows % N, device)
+        label = x.new_zeros(len(x), LABEL_DIM)
         if augment is not None:
-            torch.manual_seed(mix_seed(start))        # a bank does not depend on the seed of a training
+            torch.manual_seed(mix_seed(rows[0]))      # a bank does not depend on the seed of a training
             x, label = augment(x)
         return torch.cat([embedder.embed(x), label], dim=1).cpu().numpy()
 
@@ -935,7 +920,6 @@ class Augment:
     """
 
     def __init__(self, p):
-        assert 0 <= p <= 1
         self.p = p
 
     def __call__(self, images):
@@ -963,20 +947,19 @@ class Augment:
         # Forward: flip, zoom, turn, stretch, shift. Resampling needs the inverse: output -> input position.
         squeeze = torch.stack([-0.2 * stretch, 0.2 * stretch], dim=1).exp2().diag_embed()
         inverse = rotation(turn) @ rotation(-frame) @ squeeze @ rotation(frame)                    # (B, 2, 2)
-        inverse = inverse * (-0.2 * zoom).exp2()[:, None, None]
-        offset = 0.125 * shift                                          # in units of width and height
+        inverse *= (-0.2 * zoom).exp2()[:, None, None]
         rows = labels[:, 2:].any(1).nonzero().flatten()                 # (R,), those that are resampled
 
-        labels = send(labels, images.device)
-        x_flip = per_example(labels[:, 0], images) > 0
-        y_flip = per_example(labels[:, 1], images) > 0
-        images = torch.where(x_flip, images.flip(3), images)
-        images = torch.where(y_flip, images.flip(2), images)
+        device = images.device
+        labels = send(labels, device)
+        for column, dim in ((0, 3), (1, 2)):                            # x-flip, y-flip
+            flipped = per_example(labels[:, column], images) > 0
+            images = torch.where(flipped, images.flip(dim), images)
         if len(rows):
-            inverse = send(inverse[rows], images.device)
-            offset = send(offset[rows], images.device)
-            rows = send(rows, images.device)
-            with full_float32(images.device):
+            inverse = send(inverse[rows], device)
+            offset = send(0.125 * shift[rows], device)                  # in units of width and height
+            rows = send(rows, device)
+            with full_float32(device):
                 resampled = resample(images[rows], inverse, offset)
             images = images.index_copy(0, rows, resampled)
         return images, labels
@@ -1001,38 +984,25 @@ def resample(images, inverse, offset):
     up_y, down_y, at_y = filters(height, images.device)
     up_x, down_x, at_x = filters(width, images.device)
     fine = up_y @ images @ up_x.T                                       # (R, C, 2H + 10, 2W + 10)
-    center_x = (width - 1) / 2
-    center_y = (height - 1) / 2
-    x = at_x - center_x - offset[:, 0, None, None] * width              # (R, 1, 2W + 10)
-    y = at_y[:, None] - center_y - offset[:, 1, None, None] * height    # (R, 2H + 10, 1)
+    x = at_x - (width - 1) / 2 - offset[:, 0, None, None] * width       # (R, 1, 2W + 10)
+    y = at_y[:, None] - (height - 1) / 2 - offset[:, 1, None, None] * height              # (R, 2H + 10, 1)
     m = inverse[:, :, :, None, None]                                    # (R, 2, 2, 1, 1)
-    input_x = m[:, 0, 0] * x + m[:, 0, 1] * y + center_x                # (R, 2H + 10, 2W + 10)
-    input_y = m[:, 1, 0] * x + m[:, 1, 1] * y + center_y
-    grid_x = grid_position(input_x, width, at_x)
-    grid_y = grid_position(input_y, height, at_y)
-    fine = F.grid_sample(fine, torch.stack([grid_x, grid_y], dim=-1), align_corners=True)
+    grid = []
+    for row, at, size in ((0, at_x, width), (1, at_y, height)):
+        last = size - 1                                                 # beyond it and 0 is the reflection
+        position = m[:, row, 0] * x + m[:, row, 1] * y + last / 2       # (R, 2H + 10, 2W + 10), in pixels
+        inside = last - (position % (2 * last) - last).abs()
+        grid.append(2 * (inside - at[0]) / (at[-1] - at[0]) - 1)        # from -1 at at[0] to 1 at at[-1]
+    fine = F.grid_sample(fine, torch.stack(grid, dim=-1), align_corners=True)
     return down_y @ fine @ down_x.T                                     # (R, C, H, W)
-
-
-def grid_position(position, size, at):
-    """Positions in pixels, anywhere -> as `grid_sample` wants them: from -1 at at[0] to 1 at at[-1].
-
-    Positions beyond the first and last pixel are reflected there.
-    """
-    period = 2 * (size - 1)
-    inside = size - 1 - (position % period - (size - 1)).abs()
-    return 2 * (inside - at[0]) / (at[-1] - at[0]) - 1
 
 
 def halving(size):
     """(size, 2 size + 10): the matrix that weighs the fine samples 2 i, ..., 2 i + 11 to the coarse i."""
-    matrix = torch.zeros(size, 2 * size + 2 * PAD, dtype=torch.float64)
-    for i in range(size):
-        matrix[i, 2 * i:2 * i + 12] = torch.from_numpy(SYM6)
-    return matrix
+    return np.array([np.pad(SYM6, (2 * i, 2 * (size - 1 - i))) for i in range(size)])
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def filters(size, device):
     """Matrices that double, with reflection, and halve a signal, and the positions of the fine samples.
 
@@ -1040,14 +1010,13 @@ def filters(size, device):
     Inside, halving is half the transpose of doubling, and the filter is orthogonal to its even shifts: one
     after the other they are the identity.
     """
-    assert size > 1
-    mirror = np.pad(np.arange(size), PAD, "reflect")                    # of which pixel each one is a copy
-    mirror = F.one_hot(torch.from_numpy(mirror), size).double()         # (size + 10, size)
+    # (size + 10, size): of which pixel each one is a copy
+    mirror = np.pad(np.eye(size), ((PAD, PAD), (0, 0)), "reflect")
     up = 2 * halving(size + 2 * PAD).T[2 * PAD:-2 * PAD] @ mirror
     down = halving(size)
     delay = SYM6 @ np.arange(12)                                        # of the filter: its center of mass
-    at = (torch.arange(2 * size + 2 * PAD, dtype=torch.float64) - delay) / 2
-    return up.float().to(device), down.float().to(device), at.float().to(device)
+    at = (np.arange(2 * size + 2 * PAD) - delay) / 2
+    return [torch.tensor(array, dtype=torch.float32, device=device) for array in (up, down, at)]
 
 
 # ============================================================================================================
@@ -1115,9 +1084,9 @@ def signed_distance(shape, x, y):
     angle = half - (torch.atan2(x, -y) % (2 * half) - half).abs()
     px = r * angle.cos()
     py = r * angle.sin()
-    inner_x = 0.42 * math.cos(half)
-    inner_y = 0.42 * math.sin(half)
-    return ((px - 1) * inner_y - py * (inner_x - 1)) / math.hypot(inner_x - 1, inner_y)
+    edge_x = 0.42 * math.cos(half) - 1                # from the tip (1, 0) to the inner corner
+    edge_y = 0.42 * math.sin(half)
+    return ((px - 1) * edge_y - py * edge_x) / math.hypot(edge_x, edge_y)
 
 
 def shapes_attributes(index, seed=0):
@@ -1125,15 +1094,10 @@ def shapes_attributes(index, seed=0):
 
     Background and objects always differ in color.
     """
-    u = uniform(seed, index, 4)
-    color = (u[:, 1] * len(COLORS)).long()
-    other = 1 + (u[:, 2] * (len(COLORS) - 1)).long()
-    return {
-        "shape": (u[:, 0] * len(SHAPES)).long(),
-        "color": color,
-        "background": (color + other) % len(COLORS),
-        "count": (u[:, 3] * 4).long()                 # less one
-    }
+    choices = torch.tensor([len(SHAPES), len(COLORS), len(COLORS) - 1, 4])
+    shape, color, other, count = (uniform(seed, index, 4) * choices).long().unbind(1)
+    background = (color + other + 1) % len(COLORS)
+    return dict(shape=shape, color=color, background=background, count=count)             # count: less one
 
 
 def shapes_images(index, resolution, seed=0):
@@ -1144,13 +1108,13 @@ def shapes_images(index, resolution, seed=0):
     """
     shown = shapes_attributes(index, seed)
     u = uniform(seed + 1, index, 25)[:, :, None, None]                                    # (N, 25, 1, 1)
-    hues = torch.tensor(list(COLORS.values()), dtype=torch.float32)
+    hues = torch.tensor(list(COLORS.values()))[:, None, None]                             # (8, 1, 1)
     axis = (torch.arange(resolution) + 0.5) / resolution * 2 - 1                          # pixel centers
     y, x = torch.meshgrid(axis, axis, indexing="ij")                                      # (H, W)
     tilt = 2 * math.pi * u[:, 0]
     light = 0.42 + 0.1 * u[:, 1] + 0.14 * (x * tilt.cos() + y * tilt.sin())               # (N, H, W)
-    background = hues[shown["background"]][:, None, None]
-    color = hues[shown["color"]][:, None, None]
+    background = hues[shown["background"]]                                                # (N, 1, 1)
+    color = hues[shown["color"]]
     image = hsv_to_rgb(background, 0.5 + 0.15 * u[:, 2], light)                           # (N, H, W, 3)
 
     # The quadrants are filled from a random one, in one direction or the other.
@@ -1172,10 +1136,10 @@ def shapes_images(index, resolution, seed=0):
         cover = (0.5 - distance * size * resolution / 2).clip(0, 1) * there               # (N, H, W)
         paint = hsv_to_rgb(color, 0.8 + 0.2 * v[:, 3], 0.85 + 0.15 * v[:, 4])
         image = image + cover[..., None] * (paint - image)
-    return (image * 255).round().clip(0, 255).to(torch.uint8)
+    return (image * 255).round().to(torch.uint8)
 
 
-def train_small_clip(images, steps=700, batch=64, lr=2e-3, dim=64):
+def train_small_clip(images, steps=700, batch=64, dim=64):
     """Trains the world's `SmallClip` by CLIP's symmetric loss (Radford et al. 2021, Fig. 3) -> state dict.
 
     `images` are the first of the world. A caption is four words, one of each of ATTRIBUTES.
@@ -1201,7 +1165,7 @@ def train_small_clip(images, steps=700, batch=64, lr=2e-3, dim=64):
         logits = y @ t.T * log_temperature.exp()                                          # (B, B)
         of_images = F.cross_entropy(logits, target)
         of_captions = F.cross_entropy(logits.T, target)
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         optimizer.zero_grad()
         (of_images + of_captions).backward()
         optimizer.step()
@@ -1235,18 +1199,18 @@ def embedder_weights(config):
 class Images:
     """A set of images: pixels (N, R, R, 3) uint8, in memory, mapped, or an `ImageFiles`.
 
-    `name` tells it from all others; caches are named after it. labels: (N,) int64, or None if there are no
+    `name` tells it from all others; caches are named after it. labels: (N,) int64, or () if there are no
     classes. latents: the moments (N, 2C, r, r) float16 that `Autoencoder.encode` returns, or None.
     """
     name: str
     pixels: "np.ndarray | ImageFiles"
-    labels: np.ndarray | None = None
+    labels: np.ndarray | tuple = ()
     classes: list | tuple = ()          # their names
     why_no_classes: str = ""            # for the error, where there are none
     latents: np.ndarray | None = None
 
     def __len__(self):
-        return len(self.pixels)
+        return self.pixels.shape[0]
 
     @property
     def resolution(self):
@@ -1268,7 +1232,7 @@ def send(array, device):
 
 
 def made_once(folder, name, shape, dtype, make, what, batch=256):
-    """The array of folder/name.rows, mapped: `shape` (N, ...). make(start, stop) makes its rows, once.
+    """The array of folder/name.rows, mapped: `shape` (N, ...). make(numbers of rows) makes them, once.
 
     They are appended to a .part file, so that a killed process goes on where it was, to the bit. The finished
     file arrives by a rename. Another process that wants it waits. `what` names the progress bar.
@@ -1280,13 +1244,13 @@ def made_once(folder, name, shape, dtype, make, what, batch=256):
     with locked(path.with_suffix(".lock")) as alone:
         # Where there are no locks, several processes may make the same.
         part = path.with_suffix(".part" if alone else f".{os.getpid()}.part")
-        if not path.exists() or path.stat().st_size != total * row_bytes:         # a copy may be cut off
+        if not path.exists():
             with open(part, "ab") as file:
                 batches = file.tell() // batch_bytes                      # whole ones, which are kept
                 file.truncate(batches * batch_bytes)
                 for start in progress(range(batches * batch, total, batch), what, " batches"):
-                    made = make(start, min(start + batch, total))
-                    file.write(np.ascontiguousarray(made, dtype).data)
+                    rows = np.arange(start, min(start + batch, total))
+                    file.write(np.ascontiguousarray(make(rows), dtype).data)
             os.replace(part, path)
     try:
         return np.memmap(path, dtype, "r", shape=shape)
@@ -1294,14 +1258,12 @@ def made_once(folder, name, shape, dtype, make, what, batch=256):
         return np.fromfile(path, dtype).reshape(shape)
 
 
-RASTER = [".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
-          ".pbm", ".pnm", ".avif", ".jp2", ".tga"]
-READERS = Image.registered_extensions()               # of the installed Pillow: {suffix: format}
-SUFFIXES = tuple(suffix for suffix in RASTER if suffix in READERS)
-FORMATS = [READERS[suffix] for suffix in SUFFIXES]
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+            ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".tga")
+# Those of them that the installed Pillow can read.
+FORMATS = [kind for suffix, kind in Image.registered_extensions().items() if suffix in SUFFIXES]
 # Long texts beside a picture are not used here, but Pillow would refuse the picture.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**30
-PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 warnings.filterwarnings("ignore", module="PIL")       # on odd EXIF, palettes and large sizes
 
 
@@ -1317,45 +1279,52 @@ class ImageFiles:
     def __init__(self, source, resolution=None, names=None, skip_bad=False):
         self.source = Path(source)
         if names is None:
-            self.listed, self.folders = list_files(self.source)
+            self.listed, self.folders = list_files(self)
+            if "settings.json" in self.listed:
+                self.listed.pop("grid.png", None)     # sample.py's picture of all
             names = [name for name in sorted(self.listed) if name.lower().endswith(SUFFIXES)]
-            if "settings.json" in self.listed and "grid.png" in names:
-                names.remove("grid.png")              # sample.py's picture of all
         self.names = np.array(names)
         self.resolution = resolution
+        self.exact = resolution is None               # all must be as large as the first
         if skip_bad:
             good = list(progress(self.each(self.is_good, names), "checking"))
             self.names = self.names[good]
         if len(self.names) == 0:
             raise UserError(f"{source} holds no images to be read ({' '.join(SUFFIXES)}): give another path")
-        if resolution is None:
-            self.resolution = self.common_size()
+        if self.exact:
+            with self.reading(names[0]) as file:
+                self.resolution = open_image(file).width
         self.shape = (len(self.names), self.resolution, self.resolution, 3)
-
-    def __len__(self):
-        return len(self.names)
 
     def __getitem__(self, rows):
         return np.stack(list(self.each(self.load, self.names[rows])))
 
     def each(self, function, names):
         """Yields function(name) of each name, by threads: Pillow decodes without Python's global lock."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor() as pool:
             yield from pool.map(function, names)
 
     @property
     def key(self):
         """12 hexadecimal digits of names and sizes, and of the bytes of at most a hundred images."""
         parts = [repr([(name, self.listed[name]) for name in self.names.tolist()])]
-        for name in self.names[::len(self) // 100 + 1]:
+        for name in self.names[::len(self.names) // 100 + 1]:
             with self.reading(name) as file:
                 parts.append(file)
         return hash_of(*parts)
 
     @functools.cached_property
     def archive(self):
-        """The zip and its entries, opened when first needed: a prepared set may have lost its source."""
-        return open_zip(self.source)
+        """An open zip, and {name of a file when unpacked: its entry}. Raises UserError.
+
+        It is opened when it is first needed: a prepared set may have lost its source.
+        """
+        try:
+            archive = zipfile.ZipFile(self.source)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.source} is neither a folder nor a whole zip ({error!r:.200}): give "
+                            f"the path of the images") from error
+        return archive, {plain_name(entry.filename): entry for entry in archive.infolist()}
 
     def content(self, name):
         """The bytes of any file of the folder or zip."""
@@ -1372,14 +1341,13 @@ class ImageFiles:
         except MemoryError:
             raise
         except Exception as error:                    # on damaged files Pillow and zipfile raise anything
-            reason = re.sub(r" <\S+ object at \w+>", "", one_line(error))
-            raise UserError(f"{name} in {self.source} cannot be read ({reason}): repair or remove it; "
-                            f"train.py --skip-bad leaves all such images out") from error
+            raise UserError(f"{name} in {self.source} cannot be read ({error!r:.200}): repair or remove "
+                            f"it; train.py --skip-bad leaves all such images out") from error
 
     def load(self, name):
         """The name of an image -> (R, R, 3) uint8."""
         with self.reading(name) as file:
-            return read_square(file, self.resolution)
+            return read_square(file, self.resolution, self.exact)
 
     def is_good(self, name):
         """Whether an image can be read."""
@@ -1389,82 +1357,46 @@ class ImageFiles:
             return False
         return True
 
-    def common_size(self):
-        """The side of all images, from the heads of their files. UserError unless all are such squares."""
-        side = None
-        for name in self.names:
-            with self.reading(name) as file:
-                width, height = Image.open(io.BytesIO(file), formats=FORMATS).size
-            side = side or width
-            if (width, height) != (side, side):
-                raise UserError(f"{name} in {self.source} has {width}x{height} pixels, {self.names[0]} is "
-                                f"{side} wide: give squares of one size")
-        return side
-
-
-def open_zip(source):
-    """-> an open zip, and {name of a file when unpacked: its entry}. Raises UserError."""
-    try:
-        archive = zipfile.ZipFile(source)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{source} is neither a folder nor a whole zip ({one_line(error)}): give the path of "
-                        f"the images") from error
-    return archive, {plain_name(entry.filename): entry for entry in archive.infolist()}
-
 
 def plain_name(name):
-    """A path in a zip, with / and without ./ and the like: Windows and archivers write others."""
-    return posixpath.normpath("./" + name.replace("\\", "/"))
+    """A path in a zip or dataset.json, with / and without ./: Windows and archivers write others.
 
-
-def list_files(source):
-    """A folder or zip -> {name of each file below it: its size}, and the set of its folders' Paths.
-
-    Hidden files and folders are left out. Raises UserError.
+    Each accented letter becomes one character; file systems and archivers may have two.
     """
+    return unicodedata.normalize("NFC", posixpath.normpath("./" + name.replace("\\", "/")))
+
+
+def list_files(images):
+    """`ImageFiles` -> {name of each file of the folder or zip: its size}, and the set of its folders' Paths.
+
+    Hidden files and folders are left out. Raises OSError for what cannot be read, and UserError.
+    """
+    source = images.source
     files = {}
-    folders = {Path()}
+    folders = set()
     if source.is_dir():
-        for path in everything(source):
-            name = path.relative_to(source)
+        for name in glob.iglob("./**", root_dir=source, recursive=True):  # which follows links to folders
+            path = source / name
             if path.is_dir():
-                folders.add(name)
-            elif path.is_file():
-                files[name.as_posix()] = path.stat().st_size
-            else:
-                raise UserError(f"{path} is no file, or a link to nothing: mend or remove it")
-    else:
-        _, entries = open_zip(source)
-        for name, entry in entries.items():
-            if is_hidden(name):
-                continue
-            if entry.filename.endswith(("/", "\\")):
+                os.listdir(path)                      # raises if there are no rights: glob passes it over
                 folders.add(Path(name))
             else:
-                folders.add(Path(name).parent)
+                files[Path(name).as_posix()] = path.stat().st_size
+    else:
+        _, entries = images.archive
+        for name, entry in entries.items():
+            if "/." in f"/{name}":
+                continue
+            folders.update(Path(name).parents)        # of which a zip may have no entries
+            if entry.filename[-1] in "/\\":
+                folders.add(Path(name))
+            else:
                 files[name] = entry.file_size
     return files, folders
 
 
-def everything(folder):
-    """Yields a folder and all paths below it, but no link to a folder above, which would never end."""
-    yield folder
-    for path in folder.iterdir():
-        if is_hidden(path.name):
-            continue
-        if not path.is_dir():
-            yield path
-        elif path.resolve() not in [above.resolve() for above in path.parents]:
-            yield from everything(path)
-
-
-def is_hidden(name):
-    """Whether a part of a path begins with a dot, or is what a Mac adds to a zip."""
-    return "/." in f"/{name}" or "__MACOSX" in name
-
-
 def find_labels(files):
-    """The classes of listed `ImageFiles` -> labels, a list of N numbers or None; their names; why none.
+    """The classes of listed `ImageFiles` -> labels, a list of N numbers or of none; their names; why none.
 
     They are those of EDM's dataset.json, if there is one, or the innermost folders: train/cat and test/cat
     are one class. Raises UserError.
@@ -1474,11 +1406,11 @@ def find_labels(files):
         return read_labels(files, min(tables, key=len))                   # the one nearest to the top
     folders = [Path(name).parent for name in files.names]                 # of each image
     if Path() in folders:
-        return None, [], f"{files.names[folders.index(Path())]} does not lie in a folder"
-    empty = set(files.folders)
-    for folder in set(folders):
-        empty.discard(folder)
-        empty.difference_update(folder.parents)
+        return [], [], f"{files.names[folders.index(Path())]} does not lie in a folder"
+    # What a Mac adds to a zip is hidden, but for the folders that it lies in.
+    empty = {folder for folder in files.folders if "__MACOSX" not in folder.parts}
+    for name in files.names:
+        empty.difference_update(Path(name).parents)
     if empty:
         raise UserError(f"the folder {min(empty)} of {files.source} holds no images: fill or remove it")
     classes, labels = np.unique([folder.name for folder in folders], return_inverse=True)
@@ -1492,34 +1424,18 @@ def read_labels(files, table):
     try:
         pairs = json.loads(files.content(table))["labels"]
         if pairs is None:
-            return None, [], f"{where} has no labels"
-        numbers = {same_letters(posixpath.join(folder, name)): number for name, number in pairs}
+            return [], [], f"{where} has no labels"
+        numbers = {plain_name(posixpath.join(folder, name)): number for name, number in pairs}
     except Exception as error:                        # a foreign file fails as it likes
         raise UserError(f'{where} should be {{"labels": [[name, number], ...]}} with every image, or '
                         f'{{"labels": null}}: repair or remove it') from error
     labels = []
     for name in files.names:
-        number = numbers.get(same_letters(name))
+        number = numbers.get(plain_name(name))
         if number not in range(100_000):              # 1.0 is in it
             raise UserError(f"{where} has for {name} the label {number}, not a whole number from 0: mend it")
         labels.append(int(number))
     return labels, [str(i) for i in range(max(labels) + 1)], ""
-
-
-def same_letters(name):
-    """A plain path with each accented letter as one character; file systems may have two."""
-    return unicodedata.normalize("NFC", plain_name(name))
-
-
-TURNS = {                                             # EXIF's orientations
-    2: Image.FLIP_LEFT_RIGHT,
-    3: Image.ROTATE_180,
-    4: Image.FLIP_TOP_BOTTOM,
-    5: Image.TRANSPOSE,
-    6: Image.ROTATE_270,
-    7: Image.TRANSVERSE,
-    8: Image.ROTATE_90
-}
 
 
 def open_image(file):
@@ -1543,20 +1459,25 @@ def open_cut_image(file):
         return image
 
 
-def read_square(file, resolution):
+def read_square(file, resolution, exact=False):
     """The bytes of an image file -> (R, R, 3) uint8, its center square. Raises what Pillow raises.
+
+    exact: a ValueError unless the image is of this size.
 
     Every mode becomes RGB: transparency is laid on white, 16-bit gray is rounded to 8 bits, EXIF orientation
     is applied, color profiles are ignored, an animation gives its first frame.
     """
     image = open_cut_image(file)
-    orientation = None
-    with suppress(Exception):                         # odd EXIF does not spoil a picture
-        orientation = image.getexif().get(0x0112)
+    if exact and image.size != (resolution, resolution):
+        raise ValueError(f"{image.width}x{image.height} pixels, not {resolution}x{resolution} as the first")
+    with suppress(Exception):                         # it turns, and then may stumble over odd EXIF
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):             # Pillow's convert would clip 16 bits to 255
-        image = eight_bits(image)
-    if orientation in TURNS:
-        image = image.transpose(TURNS[orientation])
+        # A TIFF's may be of 12 bits, signed, or from white to black.
+        if image.format not in ("PNG", "PPM") or image.mode == "F" or "transparency" in image.info:
+            raise ValueError("neither of 8 bits nor a gray PNG of 16: save it as such")
+        gray = (np.asarray(image, np.int64) + 128) // 257
+        image = Image.fromarray(gray.astype(np.uint8))
     side = min(image.size)
     left = (image.width - side) // 2
     top = (image.height - side) // 2
@@ -1572,19 +1493,6 @@ def resized(image, resolution):
     return image.convert("RGB").resize((resolution, resolution), Image.LANCZOS)
 
 
-def eight_bits(image):
-    """A 16-bit gray image, 0 = black -> one of 8 bits, rounded. Raises ValueError for other kinds."""
-    tags = getattr(image, "tag_v2", {})               # a TIFF's
-    bits = tags.get(258, (16,))
-    meaning = tags.get(262, 1)                        # of 0: 1 is black, 0 white
-    sign = tags.get(339, (1,))                        # 1: unsigned
-    usual = bits == (16,) and meaning == 1 and sign == (1,)
-    if not usual or image.mode == "F" or "transparency" in image.info:
-        raise ValueError("neither of 8 bits nor of 16, black to white: save it as such a PNG")
-    gray = (np.asarray(image, np.int64) + 128) // 257
-    return Image.fromarray(gray.astype(np.uint8))
-
-
 def prepare_images(source, resolution, cache, skip_bad=False, keep_pixels=True):
     """All images of a folder or zip as `Images` at R x R, prepared once in the folder `cache`, then mapped.
 
@@ -1598,17 +1506,13 @@ def prepare_images(source, resolution, cache, skip_bad=False, keep_pixels=True):
     if source.exists() and times_of(known["times"]) != known["times"]:
         say(f"{source} has changed since it was prepared; the images are used as they were then. To prepare "
             f"them anew, delete {path}")
-    labels = known["labels"]
-    if labels is not None:
-        labels = np.array(labels)
+    labels = np.array(known["labels"], np.int64)
     files = ImageFiles(source, resolution, known["names"])
     images = Images(known["name"], files, labels, known["classes"], known["why_no_classes"])
     if keep_pixels:
-        def read(start, stop):
-            return files[start:stop]
-
         try:
-            images.pixels = made_once(cache, images.name, files.shape, np.uint8, read, "preparing", batch=512)
+            read = files.__getitem__
+            images.pixels = made_once(cache, images.name, files.shape, np.uint8, read, "preparing")
         except UserError:
             path.unlink(missing_ok=True)              # the source is listed anew when the user has mended it
             raise
@@ -1625,13 +1529,11 @@ def survey(source, resolution, skip_bad):
     files = ImageFiles(source, resolution, skip_bad=skip_bad)
     names = files.names.tolist()
     labels, classes, why_no_classes = find_labels(files)
-    counts = [f"{name} {count}" for name, count in zip(classes, np.bincount(labels or []))]
-    kinds = why_no_classes or ", ".join(counts[:20])
+    counts = dict(zip(classes, np.bincount(np.int64(labels)).tolist()))
     others = set(files.listed) - set(names)
-    suffixes = collections.Counter(Path(name).suffix.lower() or "without suffix" for name in others)
-    left_out = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.items())
-    say(f"{source}: {len(names):,} images, {len(classes)} classes: {kinds}; files left out: "
-        f"{left_out or 'none'}")
+    left_out = collections.Counter(Path(name).suffix.lower() for name in others)
+    say(f"{source}: {len(names):,} images, classes: {counts or why_no_classes}; files left out: "
+        f"{dict(left_out) or 'none'}")
     return dict(
         name=f"{source.stem}-{resolution}-{hash_of(files.key, repr(labels))}",
         source=str(source),
@@ -1645,8 +1547,8 @@ def survey(source, resolution, skip_bad):
 
 def shapes_world(total, resolution, cache, first=0):
     """`total` images of the embedded world, from number `first`; the class is the shape."""
-    def draw(start, stop):
-        return shapes_images(torch.arange(first + start, first + stop), resolution).numpy()
+    def draw(rows):
+        return shapes_images(first + rows, resolution).numpy()
 
     name = f"shapes-{resolution}-{first}-{first + total}"
     shape = (total, resolution, resolution, 3)
@@ -1678,13 +1580,13 @@ def torchvision_images(config, cache, train):
                     file.write(gzip.decompress(packed.read_bytes()))
             data = kind(folder, train=train, download=True)
         except Exception as error:                    # no connection, or damaged files
-            raise UserError(f"{config.dataset} cannot be loaded ({one_line(error)}): "
+            raise UserError(f"{config.dataset} cannot be loaded ({error!r:.200}): "
                             f"{HOMES[config.dataset]}; put what is there into a folder and give --data FOLDER"
                             ) from error
     arrays = np.ascontiguousarray(data.data)          # (N, H, W, 3), or (N, H, W) if gray
 
-    def resize(start, stop):
-        return np.stack([resized(Image.fromarray(array), config.resolution) for array in arrays[start:stop]])
+    def resize(rows):
+        return np.stack([resized(Image.fromarray(array), config.resolution) for array in arrays[rows]])
 
     name = f"{config.dataset}-{config.resolution}-{hash_of(arrays)}"
     shape = (len(arrays), config.resolution, config.resolution, 3)
@@ -1731,7 +1633,7 @@ def load_images(config, autoencoder=None):
         rows = np.random.RandomState(0).permutation(len(images))[:config.limit]
         images.name += f"-limit{config.limit}"
         images.pixels = images.pixels[rows]
-        if images.labels is not None:
+        if images.classes:
             images.labels = images.labels[rows]
     if autoencoder is not None:
         images.latents = latents_of(images, autoencoder, cache)
@@ -1747,7 +1649,6 @@ def test_images(config, total):
         return None
     images = torchvision_images(config, cache, train=False)
     images.pixels = images.pixels[:total]
-    images.labels = images.labels[:total]
     return images
 
 
@@ -1767,21 +1668,17 @@ class Autoencoder(nn.Module):
     """Stable Diffusion's VAE by diffusers, frozen: images (B, 3, R, R) to latents (B, 4, R/8, R/8) and back.
 
     `weights`: a name on Hugging Face, such as stabilityai/sd-vae-ft-mse, which diffusers downloads once, or a
-    folder. Raises UserError.
+    folder.
     """
 
     def __init__(self, weights):
         super().__init__()
         from diffusers import AutoencoderKL           # optional, and seconds to import
-        try:
-            self.model = AutoencoderKL.from_pretrained(weights)
-        except (OSError, ValueError) as error:
-            raise UserError(f"the autoencoder '{weights}' cannot be loaded ({one_line(error)}): connect "
-                            f"once, or give --vae FOLDER with its config.json and weights") from error
+        self.model = AutoencoderKL.from_pretrained(weights)
         self.model.float().eval().requires_grad_(False)
         self.name = f"{Path(weights).name}-{fingerprint(self.model)}"
-        self.register_buffer("mean", torch.tensor(LATENT_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(LATENT_STD)[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(LATENT_MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(LATENT_STD)[:, None, None])
 
     def encode(self, x):
         """(B, 3, R, R) in [-1, 1] -> moments (B, 8, R/8, R/8): means, then standard deviations, unscaled."""
@@ -1800,10 +1697,8 @@ class Autoencoder(nn.Module):
     def decode(self, z, chunk=8):
         """(B, 4, R/8, R/8) as `sample` gives it -> (B, 3, R, R) in [-1, 1], `chunk` at a time."""
         latent = z / 0.5 * self.std + self.mean
-        images = []
-        for part in latent.split(chunk):
-            images.append(self.model.decode(part).sample)
-        return (torch.cat(images) * 2 - 1).clip(-1, 1)
+        images = torch.cat([self.model.decode(part).sample for part in latent.split(chunk)])
+        return (images * 2 - 1).clip(-1, 1)
 
 
 @torch.no_grad()
@@ -1814,8 +1709,8 @@ def latents_of(images, autoencoder, cache):
     """
     device = autoencoder.mean.device
 
-    def encode(start, stop):
-        x = images.batch(np.arange(start, stop), device)
+    def encode(rows):
+        x = images.batch(rows, device)
         with full_float32(device):
             return autoencoder.encode(x).cpu().numpy()
 
@@ -1831,12 +1726,6 @@ def latents_of(images, autoencoder, cache):
 # ============================================================================================================
 class UserError(Exception):
     """A mistake that only the user can mend: one sentence with the remedy, printed without a traceback."""
-
-
-PLACES = {                                            # errors of paths and disks, which users can mend
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
-    errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG
-}
 
 
 def run(main):
@@ -1855,17 +1744,17 @@ def run(main):
     except (torch.OutOfMemoryError, MemoryError):
         fail("out of memory: give a smaller --batch, or in training a smaller --batch-gpu")
     except ModuleNotFoundError as error:
-        package = {"open_clip": "open_clip_torch"}.get(error.name, error.name)
-        fail(f"the package {error.name} is missing: pip install {package}")
+        fail(f"the package {error.name} is missing: pip install -r requirements.txt diffusers")
     except OSError as error:
-        if error.errno not in PLACES:
+        # Only errors of paths and of full disks are the user's.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         fail(f"{error.filename or 'writing'}: {error.strerror}: mend that, or choose another place; no file "
              f"is lost, and the same command goes on")
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        fail(f"torch.compile fails here ({one_line(error)}): leave out --compile")
+        fail(f"torch.compile fails here ({error!r:.200}): leave out --compile")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -1877,16 +1766,9 @@ def fail(sentence):
     sys.exit(f"error: {sentence}")
 
 
-def one_line(error):
-    """What another library says, in at most 200 printable characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(filter(str.isprintable, text))[:200]
-
-
 def number(text):
     """'0.25' -> 0.25, '25M' -> 25000000, '500k' -> 500000. ValueError if negative, or no number."""
-    scale = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
-    value = float(text.rstrip("kKmM")) * scale
+    value = float(text.lower().replace("k", "e3").replace("m", "e6"))
     if not 0 <= value < math.inf:
         raise ValueError
     return value
@@ -1917,11 +1799,11 @@ def parse_flags(settings, description, choices):
     )
     types = {int: whole_number, float: number, tuple: whole_numbers}
     for field in fields(settings):
-        how = dict(type=types.get(field.type, str), choices=choices.get(field.name))
+        how = dict(type=types.get(field.type), choices=choices.get(field.name))
         if field.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         elif field.type is list:
-            how["nargs"] = "+"
+            how["nargs"] = "*"
         flag = "--" + field.name.strip("_").replace("_", "-")
         parser.add_argument(flag, dest=field.name, help=argparse.SUPPRESS, **how)
     return vars(parser.parse_args())
@@ -1988,19 +1870,15 @@ def locked(path):
 
 
 def pick_device(name):
-    """--device -> torch.device. "auto": cuda, else mps, else cpu. Process i has GPU i. Raises UserError."""
+    """--device -> torch.device. "auto": cuda, else cpu. Process i has GPU i. Raises UserError."""
     if name == "auto":
-        name = "cpu"
-        if torch.backends.mps.is_available():
-            name = "mps"
-        if torch.cuda.is_available():
-            name = "cuda"
-    if name == "cuda" and processes() > 1:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.empty(0, device=name).device
     except Exception as error:                        # torch's errors for devices have no common class
-        raise UserError(f"--device {name} is not available here ({one_line(error)}): leave it out, or give "
+        raise UserError(f"--device {name} is not available here ({error!r:.200}): leave it out, or give "
                         f"cpu") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)                 # else pinned memory is made for the first GPU
@@ -2019,23 +1897,23 @@ def set_precision(name, device, auto="bf16"):
         if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
             name = auto
     torch.backends.cuda.matmul.allow_tf32 = name != "fp32"
-    torch.backends.cudnn.allow_tf32 = name != "fp32"
-    torch.backends.cudnn.benchmark = True             # shapes do not change: the fastest algorithm, once
+    cudnn.allow_tf32 = name != "fp32"
+    cudnn.benchmark = True                            # shapes do not change: the fastest algorithm, once
     return name
 
 
 @contextmanager
 def full_float32(device):
     """Inside, float32 is multiplied as such, not as TF32 or bf16, whatever --precision allows elsewhere."""
-    before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    before = (matmul.allow_tf32, cudnn.allow_tf32)
+    matmul.allow_tf32 = False
+    cudnn.allow_tf32 = False
     try:
         with torch.autocast(torch.device(device).type, enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before[0]
-        torch.backends.cudnn.allow_tf32 = before[1]
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def start_processes(device):
@@ -2078,16 +1956,14 @@ def load_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist: train it first, with python train.py, or give another file")
     open(path, "rb").close()                          # raises if there are no rights: it is not damaged then
-    content = None
     # A mapped file is read where it is used: sampling needs no optimizer. Not all file systems can map.
     for mmap in (True, False):
-        with suppress(Exception):                     # damaged files fail in any way they like
+        with suppress(Exception):                     # damaged and foreign files fail in any way they like
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            break
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is damaged, or not of this version of train.py: give another file, or move "
-                        f"it away and train again")
-    return content
+            if content["format"] == FORMAT:
+                return content
+    raise UserError(f"{path} is damaged, or not of this version of train.py: give another file, or move it "
+                    f"away and train again")
 
 
 def cached(path, make):
@@ -2113,12 +1989,8 @@ def load_denoiser(checkpoint, part=None, device="cpu"):
         part, = checkpoint["models"]
     with torch.device("meta"):                        # saves the seconds that new random weights take
         denoiser = build_denoiser(checkpoint["models"][part])
-    prefix = f"{part}."
-    weights = {}
-    for name, tensor in checkpoint["ema"].items():
-        if name.startswith(prefix):
-            weights[name.removeprefix(prefix)] = tensor
-    denoiser.load_state_dict(weights, assign=True)
+    # Not strict: the weights of stage joint's other networks are left over.
+    nn.ModuleDict({part: denoiser}).load_state_dict(checkpoint["ema"], strict=False, assign=True)
     return denoiser.eval().requires_grad_(False).to(device)
 
 
@@ -2132,36 +2004,28 @@ def run_folder(runs, dataset, stage, y="all", tag=""):
     return Path(runs, dataset, name)
 
 
-def image_grid(pixels, columns):
-    """(N, H, W, 3) uint8 -> one picture, `columns` images in a row, on white, one pixel apart."""
+def picture(grids, columns):
+    """{title: (N, R, R, 3) uint8} -> (H, W, 3) uint8: grids below their titles, side by side, magnified.
+
+    Titles of several grids, each with `columns` images in a row, need as many images.
+    """
     import torchvision                                # a second to import
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    sheet = torchvision.utils.make_grid(images, columns, padding=1, pad_value=255)
-    return sheet.permute(1, 2, 0).numpy()
-
-
-def magnified(pixels, least):
-    """(H, W, 3) uint8 -> Pillow image, larger by a whole factor so that it is `least` wide, or more."""
-    picture = Image.fromarray(pixels)
-    factor = max(1, math.ceil(least / picture.width))
-    return ImageOps.scale(picture, factor, Image.Resampling.NEAREST)
-
-
-def titled(pictures, columns):
-    """{title: (N, R, R, 3) uint8, N the same} -> a picture (H, W, 3): grids side by side below titles."""
     sheets = []
-    for title, pixels in pictures.items():
-        grid = magnified(image_grid(pixels, columns), least=320)
-        sheet = ImageOps.expand(grid, (4, 24, 4, 4), "white")
+    for title, pixels in grids.items():
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        grid = torchvision.utils.make_grid(images, columns, padding=1, pad_value=255)
+        sheet = torchvision.transforms.functional.to_pil_image(grid)
+        sheet = ImageOps.scale(sheet, math.ceil(320 / sheet.width), Image.NEAREST)
+        sheet = ImageOps.expand(sheet, (4, 24, 4, 4), "white")
         ImageDraw.Draw(sheet).text((6, 4), title, "black", ImageFont.load_default(14))
-        sheets.append(np.asarray(sheet))
-    return np.concatenate(sheets, axis=1)
+        sheets.append(sheet)
+    return np.hstack(sheets)
 
 
-def save_picture(path, pixels, least=0):
-    """(H, W, 3) uint8 -> a PNG, whole or not at all, of at least `least` pixels' width."""
+def save_picture(path, pixels):
+    """(H, W, 3) uint8 -> a PNG, whole or not at all."""
     with written(path) as file:
-        magnified(pixels, least).save(file, "PNG")
+        Image.fromarray(pixels).save(file, "PNG")
 
 
 # ============================================================================================================
@@ -2179,20 +2043,24 @@ class Inert(dict):
         self.state = state
 
 
+def load_storage(content):
+    """The numbers of a tensor, which a pickle of PyTorch keeps as a file of its own."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+TENSORS = {                                           # all that a pickle may call
+    "_rebuild_parameter": torch._utils._rebuild_parameter,
+    "_rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "_load_from_bytes": load_storage,
+    "OrderedDict": collections.OrderedDict
+}
+
+
 class InertUnpickler(pickle.Unpickler):
-    """Reads a pickle and runs nothing of it: each class or function that it names becomes an `Inert`."""
+    """Reads a pickle and runs nothing of it but `TENSORS`: all else that it names becomes an `Inert`."""
 
     def find_class(self, module, name):
-        return type(name, (Inert,), {})
-
-
-def inert_tensor(box):
-    """The tensor that an inert call of torch's `_rebuild_parameter` or `_rebuild_tensor_v2` stands for."""
-    if type(box).__name__ == "_rebuild_parameter":
-        box = box.args[0]
-    storage, offset, size, stride = box.args[:4]
-    content = torch.load(io.BytesIO(storage.args[0]), map_location="cpu", weights_only=True)
-    return torch.empty(0, dtype=content.dtype).set_(content, offset, size, stride)
+        return TENSORS.get(name, Inert)
 
 
 def collect_tensors(module, prefix=""):
@@ -2203,7 +2071,7 @@ def collect_tensors(module, prefix=""):
     tensors = {}
     for name, tensor in (state["_parameters"] | state["_buffers"]).items():
         if tensor is not None:
-            tensors[prefix + name] = inert_tensor(tensor).float()
+            tensors[prefix + name] = tensor.detach().float()
     for name, part in state["_modules"].items():
         tensors |= collect_tensors(part, f"{prefix}{name}.")
     return tensors
@@ -2243,7 +2111,7 @@ def load_edm_pickle(path):
             raise ValueError("not preconditioned as EDM's")
         return from_edm_names(collect_tensors(network))
     except Exception as error:                        # other pickles fail in any way they like
-        raise UserError(f"{path} cannot be read ({one_line(error)}): give one of EDM's networks DDPM++ and "
+        raise UserError(f"{path} cannot be read ({error!r:.200}): give one of EDM's networks DDPM++ and "
                         f"ADM, such as edm-ffhq-64x64-uncond-vp.pkl, whole") from error
 
 
@@ -2258,7 +2126,7 @@ def init_from_edm(net, path, classes):
     for name, tensor in ours.items():
         if name.startswith(("map_cond", "map_augment")):
             tensor.zero_()
-    labels = theirs.pop("map_cond.weight", None)
+    labels = theirs.get("map_cond.weight")
     if labels is not None:
         if labels.shape[1] != classes:
             raise UserError(f"{path} is for {labels.shape[1]} classes, not {classes}: give images of as many "
@@ -2272,4 +2140,4 @@ def init_from_edm(net, path, classes):
         net.load_state_dict(ours | theirs)            # strict: every name and shape must fit
     except RuntimeError as error:
         raise UserError(f"{path} holds another network than --dataset and the settings describe "
-                        f"({one_line(error)}): give the data set and the settings of the file") from error
+                        f"({error!r:.200}): give the data set and the settings of the file") from error

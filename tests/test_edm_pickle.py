@@ -162,7 +162,7 @@ def test_after_one_step_of_finetuning_the_average_is_still_the_files(file, call,
 
 def test_a_file_becomes_an_ordinary_checkpoint_from_which_sample_draws(file, call, tmp_path):
     import sample
-    flags = [*FLAGS, "--stage", "baseline", "--init-from", file, "--images", 0, "--a", "class"]
+    flags = [*FLAGS, "--stage", "baseline", "--init-from", file, "--images", 0, "--a", "class", "--data", "five"]
     assert call(train, *flags, cwd=tmp_path)[0] == 0
     checkpoint = twosdm.load_checkpoint(tmp_path / "runs/folder/baseline/checkpoint.pt")
     weights = twosdm.load_denoiser(checkpoint).net.state_dict()

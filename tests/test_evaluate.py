@@ -34,8 +34,8 @@ def draw(folder, pixels, **settings):
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{i:06d}.png")
     known = dict(
-        name=folder.name, method=folder.name, dataset="shapes", columns=1, n=len(pixels), y="all", y_dim=48,
-        snapshot="", images_seen=44, train_seed=0, images="shapes-8-0-300", config=CONFIG)
+        name=folder.name, method=folder.name, dataset="shapes", columns=1, n=len(pixels), y_dim=48,
+        snapshot="", images_seen=44, images="shapes-8-0-300", config=CONFIG)
     (folder / "settings.json").write_text(json.dumps(known | settings))
 
 
@@ -85,15 +85,14 @@ def test_each_folder_of_independent_images_has_a_row_beside_other_images_of_the_
     again, _ = rows()
     assert found == again and [row["name"] for row in found] == ["2sdm", "baseline", "real"]
     lines = table(out)
-    assert [line["method"] for line in lines] == ["real", "2sdm", "baseline"] and "is_std" not in lines[0]
+    assert [line["method"] for line in lines] == ["2sdm", "baseline", "real"] and "is_std" not in lines[0]
     ours, edm, real = found
     draw(folder / "oracle", world(9000, 9), images="others")
     refused(call(evaluate, cwd=tmp_path), "oracle is of a model that has seen other training images")
     assert real["fid"] < edm["fid"] and ours["fid"] < edm["fid"] and ours["is"] > edm["is"]
     for row in found:
         assert list(values(row)) == METRICS and row["n"] == 90
-        protocol = row["protocol"]
-        assert row["features"] == "world" and protocol["n_real"] == 300 and protocol["resolution"] == 8
+        assert row["features"] == "world" and row["protocol"]["n_real"] == 300
     assert ours["settings"]["config"] == CONFIG and real["settings"] == {}
 
 
@@ -132,7 +131,7 @@ def test_openais_file_of_the_same_images_is_at_distance_zero_by_inception(rows, 
     score, _ = evaluate.inception_score(found["logits"], splits=1)
     exact = {"fid": 0, "sfid": 0, "is": score, "precision": 1, "recall": 1}
     assert values(row) == pytest.approx(exact, rel=1e-4, abs=1e-3)
-    assert row["features"] == "inception" and len(row["protocol"]["weights"]) == 8
+    assert row["features"] == "inception" and len(row["weights"]) == 8
 
 
 REFUSED = """
@@ -171,11 +170,6 @@ def test_wrong_files_are_refused_in_one_sentence_that_fits_the_flag(case, call, 
     refused(call(evaluate, *flags.split(), cwd=tmp_path), *words)
 
 
-def test_torchrun_is_refused(call, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(call(evaluate, cwd=tmp_path), "without torchrun")
-
-
 # ------------------------------------------------------------------------------------------------- neighbors
 
 
@@ -207,16 +201,15 @@ def test_copies_are_all_recognized_and_fresh_images_look_like_chance(rows, tmp_p
 def result(name, fid, seed=0, n=100, features="pixels", batch=64, **settings):
     """A line of results.jsonl as evaluate.py writes it."""
     timing = dict(ms_per_image=20.0 + seed, batch=batch, device="cpu", images=n)
-    known = dict(name=name, y="all", y_dim=48, images_seen=44, train_seed=seed, snapshot="", timing=timing)
-    protocol = dict(reference="training images", features=features, weights="none", n_real=300)
-    row = dict(name=name, method=name.split("-")[0], dataset="shapes", n=n, features=features, fid=fid)
-    return row | dict(precision=0.5, protocol=protocol, settings=known | settings)
+    known = dict(name=name, y_dim=48, images_seen=44, config=dict(seed=seed), snapshot="", timing=timing)
+    protocol = dict(reference="training images", n_real=300)
+    row = dict(name=name, method=name.split("-")[0], dataset="shapes", n=n, fid=fid, precision=0.5)
+    return row | dict(features=features, weights="none", protocol=protocol, settings=known | settings)
 
 
 def write(path, rows):
-    """results.jsonl, whose last line a killed process has left unfinished."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(json.dumps(row) for row in rows) + '\n{"name": "2sd')
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -232,26 +225,26 @@ def test_tables_average_training_seeds_and_compare_like_with_like(call, tmp_path
     _, out, _ = call(evaluate, "--tables", cwd=tmp_path)
     lines = table(out)
     found = {line["method"]: line for line in lines if "pixels none, 100 images" in line["evaluation"]}
-    assert list(found) == ["2sdm", "2sdm-image_steps=9", "2sdm-y=kmeans64", "oracle", "baseline"]
+    assert list(found) == ["2sdm", "2sdm-image_steps=9", "2sdm-y=kmeans64", "baseline", "oracle"]
     ours = found["2sdm"]
     gains = [100 * (1 - (2 + s) / (8 + s)) for s in range(3)]
     ratios = [100 * 6 / (7 + s) for s in range(3)]
-    assert ours["runs"] == "3" and ours["fid"] == "3.000 ± 1.000" and ours["precision"] == "0.500 ± 0.000"
+    assert ours["runs"] == "3" and ours["fid"] == "3 ± 1" and ours["precision"] == "0.5 ± 0"
     for name, exact in ("gain", gains), ("ratio", ratios):
-        assert ours[name] == f"{np.mean(exact):.1f} ± {np.std(exact, ddof=1):.1f}"
-    assert ours["ms per image, batch 64, cpu"] == "21.0 ± 1.0"
+        assert ours[name] == f"{np.mean(exact):.4g} ± {np.std(exact, ddof=1):.2g}"
+    assert ours["ms per image, batch 64, cpu"] == "21 ± 1"
     assert ours["ms per image, batch 256, cpu"] == "–"
-    assert found["2sdm-y=kmeans64"]["gain"] == "50.0"
-    assert {line["fid"] for line in lines if line["gain"] == "–"} == {"9.000 ± 1.000", "512.3", "7.000"}
+    assert found["2sdm-y=kmeans64"]["gain"] == "50"
+    assert {line["fid"] for line in lines if line["gain"] == "–"} == {"9 ± 1", "512.3", "7"}
     other = write(tmp_path / "other.jsonl", [result("2sdm", 6.0, seed=3)])
     _, out, _ = call(evaluate, "--tables", "samples/shapes/results.jsonl", other, cwd=tmp_path)
     assert any((line["method"], line["runs"]) == ("2sdm", "4") for line in table(out))
 
 
 def test_figures_have_a_curve_for_each_reduction_budget_and_run_and_never_mix_unlike_values(call, tmp_path):
-    rows = [result("baseline", 9.5, y="none", y_dim=0), result("oracle", 3.0), result("2sdm", 3.5)]
-    rows += [result(f"oracle-y=pca{d}", 9.0 - d, y=f"pca:{d}", y_dim=d) for d in (1, 2)]
-    rows += [result("oracle-y=kmeans16", 4.0, y="kmeans:16", y_dim=16), result("2sdm", 77.0, n=50)]
+    rows = [result("baseline", 9.5, y_dim=0), result("oracle", 3.0), result("2sdm", 3.5)]
+    rows += [result(f"oracle-y=pca{d}", 9.0 - d, y_dim=d) for d in (1, 2)]
+    rows += [result("oracle-y=kmeans16", 4.0, y_dim=16), result("2sdm", 77.0, n=50)]
     early = dict(images_seen=16, snapshot="snapshot-0000000016")
     rows.append(result("oracle-snapshot-0000000016", 5.0, **early))
     rows.append(result("2sdm-snapshot-0000000016", 6.0, **early))
@@ -269,11 +262,3 @@ def test_figures_have_a_curve_for_each_reduction_budget_and_run_and_never_mix_un
     assert figures[4] == {("oracle", 0): 9.5, ("oracle", 1): 8.0, ("oracle", 2): 7.0, ("oracle", 48): 3.0,
                           ("oracle-snapshot-0000000016", 48): 5.0, ("oracle-y=kmeans", 16): 4.0}
     assert figures[5]["2sdm", 16] == 6.0 and figures[5]["2sdm", 44] == 3.5
-
-
-def test_an_unfinished_line_spoils_no_other(tmp_path):
-    path = write(tmp_path / "results.jsonl", [result("2sdm", 1.0)])
-    for name in "oracle", "baseline":
-        evaluate.append_row(path, result(name, 2.0))
-        assert path.read_text().endswith("}\n")
-    assert [row["name"] for row in evaluate.read_results([path]).values()] == ["2sdm", "oracle", "baseline"]

@@ -53,8 +53,8 @@ def learn(folder, name, changes, same_noise=False, die_at=None):
     ends = []
 
     class Recorded(train.Run):
-        def save_all(self, losses):
-            super().save_all(losses)
+        def save_all(self):
+            super().save_all()
             ends.append(self)
             if die_at is not None and self.seen >= die_at:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -107,7 +107,7 @@ def test_without_a_method_all_that_is_trained_is_drawn_and_shown_side_by_side(dr
         assert (folder / "grid.png").exists()
         told = settings(folder)
         assert (told["name"], told["method"], told["columns"], told["n"]) == (method, method, 1, 3)
-        assert told["y"] == ("none" if method == "baseline" else "all")
+        assert (told["y_dim"] == 0) == (method == "baseline")
     assert picture(together / "grid.png").shape[1] > 3 * picture(together / "grid.png").shape[0] / 2
 
 
@@ -148,13 +148,6 @@ def test_the_oracles_y_are_the_embeddings_of_training_images(draw, drawn, tmp_pa
     assert len(nearest.unique()) > 2
 
 
-def test_the_array_holds_the_pictures_in_order(draw):
-    folder = draw("--method", "2sdm", "--n", 3, "--npz")
-    array = np.load(folder / "samples.npz")["arr_0"]
-    assert array.dtype == np.uint8
-    assert np.array_equal(array, [picture(folder / name) for name in names(folder)])
-
-
 def test_each_snapshot_has_a_folder_that_says_which_it_is(draw, tmp_path):
     draw("--method", "baseline", "--snapshots", "--n", 1)
     files = sorted((tmp_path / "runs/shapes/baseline").glob("snapshot-*.pt"))
@@ -170,7 +163,7 @@ def test_each_snapshot_has_a_folder_that_says_which_it_is(draw, tmp_path):
 def test_the_same_command_draws_what_is_missing_and_more_images_keep_those_that_are_there(draw, drawn):
     folder = draw("--method", "2sdm", "--n", 6, "--batch", 2)
     time = settings(folder)["timing"]
-    assert (time["batch"], time["images"]) == (2, 4)
+    assert time["batch"] == 2
     kept = (folder / "000002.png").read_bytes()
     lost = (folder / "000004.png").read_bytes()
     (folder / "000004.png").unlink()
@@ -247,8 +240,8 @@ def test_variations_have_the_y_of_the_given_image_which_the_grid_shows_first(dra
     assert torch.allclose(all_of(drawn, "y"), y[[0, 1, 0, 1]], atol=1e-5)
     grid = picture(folder / "grid.png")
     side = images.resolution
-    scale = grid.shape[1] // (3 * side + 4)           # three columns, a pixel apart
-    small = grid[::scale, ::scale]
+    scale = (grid.shape[1] - 8) // (3 * side + 4)     # three columns, a pixel apart, on a frame
+    small = grid[24::scale, 4::scale]
     assert np.array_equal(small[1:side + 1, 1:side + 1], images.pixels[9])
     assert np.array_equal(small[side + 2:2 * side + 2, 1:side + 1], images.pixels[4])
 
@@ -265,7 +258,6 @@ def test_a_tag_takes_the_tagged_run_of_a_stage_and_the_plain_one_of_the_other(dr
         assert made == [f"2sdm-tag={stage}"] + [f"oracle-tag={stage}"] * (stage == "image")
         told = settings(tmp_path / f"samples/shapes/2sdm-tag={stage}")
         assert (told["images_seen"] == 77) == (stage == "image")
-        assert told["tag"] == stage
 
 
 def test_class_cond_draws_clusters_by_their_frequency(fit, drawn, call, tmp_path):
@@ -315,7 +307,6 @@ def test_where_nothing_is_trained_one_reads_what_is(trained, call, tmp_path):
 @pytest.mark.parametrize("stage, changes, words", [
     ("prior", {"identity.images": "other"}, ["other images", "--y"]),
     ("image", {"identity.images": "other"}, ["--data"]),
-    ("image", {"embedder": None, "models.image.settings.cond_dim": 0}, ["told y"])
 ])
 def test_checkpoints_that_do_not_fit_are_refused(draw, call, tmp_path, stage, changes, words):
     change(tmp_path / f"runs/shapes/{stage}/checkpoint.pt", changes)
@@ -337,13 +328,10 @@ def test_samples_that_are_not_finite_are_refused_and_not_written(draw, call, tmp
     ("--steps 1", "--steps"),
     ("--churn nan", "--churn"),
     ("--seed -1", "--seed"),
-    ("--same-y 1", "--same-y"),
-    ("--interpolate 1", "--interpolate"),
     ("--class -1", "--class"),
     ("--y cat", "--y"),
     ("--method edm", "--method"),
     ("--precision fp8", "--precision"),
-    ("--interpolate 3 --method baseline", "--method"),
     ("--like missing.png", "missing.png"),
     ("--checkpoint missing.pt", "missing.pt"),
     ("--method oracle --checkpoint runs/shapes/prior/checkpoint.pt", "prior")

@@ -1,7 +1,6 @@
 """Training as a user does it, on tiny settings: what it learns from, resuming, kills, mistakes."""
 import fcntl
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -74,11 +73,11 @@ def forks(monkeypatch):
 
 def test_if_a_stage_fails_the_other_is_trained_and_the_exit_code_tells(forks, call, tmp_path):
     runs = tmp_path / "runs/shapes"
-    (runs / "image-none").mkdir(parents=True)
-    (runs / "image-none/checkpoint.pt").write_text("foreign")
-    code, _, _ = call(train, *SHORT, "--y", "none", cwd=tmp_path)
+    (runs / "image-kmeans2").mkdir(parents=True)
+    (runs / "image-kmeans2/checkpoint.pt").write_text("foreign")
+    code, _, _ = call(train, *SHORT, "--y", "kmeans:2", cwd=tmp_path)
     assert code == 1
-    assert (runs / "image-none/checkpoint.pt").read_text() == "foreign"
+    assert (runs / "image-kmeans2/checkpoint.pt").read_text() == "foreign"
     assert twosdm.load_checkpoint(runs / "baseline/checkpoint.pt")["seen"] == 48
 
 
@@ -93,7 +92,7 @@ def ended(folder):
 
 
 def test_a_killed_parent_leaves_no_child(forks, tmp_path):
-    process = start(train, *SHORT, "--y", "none", "--images", 10**5, cwd=tmp_path)
+    process = start(train, *SHORT, "--y", "kmeans:2", "--images", 10**5, cwd=tmp_path)
     wait_for(lambda: len(list(tmp_path.glob("runs/shapes/*/log.jsonl"))) == 2)
     assert not ended(tmp_path)
     process.kill()
@@ -225,7 +224,7 @@ def test_the_python_lines_of_the_readme_draw_a_picture(trained, monkeypatch):
 M = 1_000_000
 EDM = dict(
     resolution=64, augment=0.15, embedder="clip", y="all", a="none", prior_images=100 * M, prior_batch=256,
-    prior_lr=1e-4, prior_width=512, prior_depth=6, prior_heads=8, prior_predict="data", images=25 * M, batch=256,
+    prior_lr=1e-4, prior_width=512, prior_depth=6, prior_heads=8, images=25 * M, batch=256,
     lr=2e-4, dropout=0.05, lr_ramp=10 * M, ema_half_life=M // 2, ema_ramp=0.05, steps=40, churn=50.0, vae="")
 IMAGENET = EDM | dict(augment=0.0, batch=128, lr=1e-4, dropout=0.10)
 CLASSES = IMAGENET | dict(a="class")
@@ -256,10 +255,8 @@ def test_presets_have_the_numbers_and_the_networks_of_the_paper_and_edm(dataset,
 --dataset folder -> --data FOLDER
 --dataset afhq -> AFHQv2 data/afhq --data
 --stage nothing -> --stage
---batch 0 -> --batch 0
 --images many -> --images
 --lr nan -> --lr
---width 18 -> --width
 --resolution 9 -> --resolution 9
 --device abacus -> --device abacus
 --y banana -> pca:D kmeans:K
@@ -267,7 +264,6 @@ def test_presets_have_the_numbers_and_the_networks_of_the_paper_and_edm(dataset,
 --y kmeans:65 -> 64 images
 --y kmeans:4 --stage prior -> --y kmeans:4
 --y kmeans:4 --a class -> --a none
---y none --y-dropout 0.1 -> --y-dropout
 --stage joint -> --embedder pixels
 """.strip().split("\n")])
 def test_settings_without_sense_get_one_sentence(flags, words, call, tmp_path):
@@ -280,14 +276,3 @@ def test_a_run_keeps_the_settings_that_shape_it(fit, call, tmp_path):
     for other in ("--batch 16", "--width 16", "--seed 1", "--limit 9"):
         refused(call(train, *SHORT, *flags, *other.split(), cwd=tmp_path), "--tag")
     fit(*flags, "--images", 56, "--precision", "bf16", "--views", 7)
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_saves(fit, call, tmp_path):
-    fit("--stage", "baseline")
-    path = tmp_path / "runs/shapes/baseline/checkpoint.pt"
-    before = path.read_bytes()
-    longer = "--stage baseline --images 96 --dropout 0".split()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "randn_like", lambda x: x * math.nan)
-        refused(call(train, *SHORT, *longer, cwd=tmp_path), "not finite", "--lr")
-    assert path.read_bytes() == before

@@ -9,8 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import twosdm
-from twosdm import (PCA, Denoiser, PriorTransformer, SampleNoise, UNet, UserError, heun_sample,
-                    sigma_schedule)
+from twosdm import Denoiser, PriorTransformer, SampleNoise, UNet, UserError, heun_sample, sigma_schedule
 
 TINY = dict(resolution=16, channels=3, cond_dim=5, augment_dim=9, width=32, arch="ddpm++", mults=(1, 2),
             blocks=1, attention=(8,))
@@ -148,14 +147,6 @@ def test_clip_embeds_raw_from_a_local_file_after_bilinear_resizing(tmp_path):
     assert torch.allclose(y, model.float().encode_image((large - mean) / std), atol=1e-5)
     with pytest.raises(UserError, match="missing.pt.*open_clip_model.safetensors.*--embedder-weights FILE"):
         twosdm.ClipEmbedder(str(tmp_path / "missing.pt"))
-
-
-@pytest.mark.parametrize("rows", [20_000, 9])         # more and fewer than dimensions
-def test_pca_is_numpys_svd(rows):
-    y = gaussian(rows, 12) * torch.linspace(3, 0.5, 12) + 2
-    _, _, axes = np.linalg.svd(y - y.mean(0), full_matrices=False)
-    expected = (y - y.mean(0)) @ axes[:5].T
-    assert (PCA.fit(y, 5).transform(y).abs() - expected.abs()).abs().max() < 1e-3     # axes have no sign
 
 
 # The embedded world
