@@ -206,9 +206,10 @@ def pool_as_in_2015(block, inputs, output):
     last block has a maximum in its place.
     """
     x, = inputs
-    pooled = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     if x.shape[1] == 2048:                                    # the last block
         pooled = F.max_pool2d(x, 3, 1, 1)
+    else:
+        pooled = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     branch = block.branch_pool(pooled)
     output[:, -branch.shape[1]:] = branch
 
@@ -610,9 +611,8 @@ COLUMNS = [
 
 def append_row(path, row):
     """Adds a line to results.jsonl."""
-    known = path.read_bytes() if path.exists() else b""
-    with twosdm.written(path) as file:
-        file.write(known + json.dumps(row, allow_nan=False).encode() + b"\n")
+    with open(path, "a") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def key_of(row):
@@ -757,7 +757,7 @@ class Flags:
     runs: str = "runs"              # folder of all runs
     samples: str = "samples"        # folder of all samples and results
     inception_weights: str = None   # the public file; default: downloaded once
-    lpips_weights: list = None      # the public files of linear layers and AlexNet; default: downloaded once
+    lpips_weights: list = None      # two public files: linear layers, AlexNet; default: downloaded once
     device: str = "auto"            # cuda, cuda:1, cpu; auto: cuda, else cpu
 
 

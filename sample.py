@@ -93,7 +93,7 @@ class Pipeline:
         if args.class_ is not None and args.class_ not in np.flatnonzero(self.class_counts):
             raise UserError(f"--class {args.class_}: this model knows {len(self.class_counts)} classes, from "
                             f"0, of which some may have no images")
-        if args.guidance != 1 and not self.config.y_dropout:
+        if args.guidance != 1 and ("image" not in checkpoints or not self.config.y_dropout):
             raise UserError("--guidance needs an image model that sometimes was not told y: python train.py "
                             "--stage image --y-dropout 0.1")
 
@@ -138,7 +138,7 @@ class Pipeline:
             a = torch.eye(len(self.class_counts), device=self.device)[labels]                 # one-hot
         if "prior" in self.networks:
             y = twosdm.sample_embeddings(self.networks["prior"], noise, a, self.sampler)          # p(y | a)
-        elif self.method == "2sdm" and self.y_dim:                            # Class-cond
+        elif self.method == "2sdm":                            # Class-cond
             counts = self.checkpoint["embedder"]["reduction"]["counts"].numpy()
             y = torch.eye(self.y_dim, device=self.device)[pick_numbers(seeds, counts, twosdm.CLUSTER)]
         return y, a
@@ -403,6 +403,7 @@ CHOICES = {
     "method": METHODS,
     "precision": ["auto", "fp32", "tf32", "bf16"]
 }
+
 
 def choose_methods(args):
     """-> the methods that the flags name or need, or else all that are trained. UserError if none is."""

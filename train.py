@@ -83,7 +83,7 @@ class Config:
     blocks: int = 4                     # per level (EDM)
     attention: tuple = (16,)            # the resolutions that have it (EDM)
     dropout: float = 0.05               # (paper: as EDM)
-    init_from: str = ""                 # EDM's .pkl whose weights to start from; --images 0 imports it
+    init_from: str = ""                 # EDM's .pkl whose weights to start from; --images 0: as it is
 
     # All of them
     lr_ramp: int = 10 * M               # images over which the step size rises from 0 (EDM)
@@ -146,13 +146,15 @@ CHOICES = {
 
 def configure(dataset="shapes", **changes):
     """The settings of an experiment: the defaults, then the preset, then the changes. Raises UserError."""
-    config = Config(**dict(PRESETS[dataset], dataset=dataset) | changes)
+    config = Config(dataset=dataset, **PRESETS[dataset] | changes)
     if config.data:
         config.data = str(Path(config.data).absolute())                   # sample.py may be run elsewhere
     kind, _ = twosdm.parse_y(config.y)
     halved = 2 ** (len(config.mults) - 1) * (8 if config.vae else 1)
     if config.resolution % halved:
         raise UserError(f"--resolution {config.resolution} is halved at each level: {halved} must divide it")
+    if config.arch == "adm" and config.width % 64:
+        raise UserError("--arch adm has heads of 64 channels: give a --width that 64 divides")
     if config.embedder == "shapes" and config.dataset != "shapes":
         raise UserError("--embedder shapes knows the embedded world alone: give clip or pixels")
     if config.vae and config.augment:
@@ -292,9 +294,9 @@ def describe(config, stage, data):
                  mults=config.mults, blocks=config.blocks, attention=config.attention)
     models = {}
     if stage in ("prior", "joint"):
-        models["prior"] = dict(net="prior", predict="data", settings=prior)
+        models["prior"] = dict(net="prior", settings=prior)
     if stage != "prior":
-        models["image"] = dict(net="unet", predict="edm", settings=image)
+        models["image"] = dict(net="unet", settings=image)
     return models
 
 
@@ -349,7 +351,7 @@ def train(config, stage, device):
         run.optimizer.zero_grad()
         for i, part in enumerate(np.array_split(rows, parts)):
             x, y, a, label = data.batch(part)
-            # Several processes add up their gradients once per step, with the last part.
+            # DistributedDataParallel adds up gradients once per step, with the last part; others ignore it.
             model.require_backward_grad_sync = i == parts - 1
             with autocast:
                 loss = model(x, y, a, label)
@@ -460,7 +462,9 @@ class Run:
             return
         images = self.data.images
         embedder = self.data.embedder
-        counts = np.bincount(np.int64(images.labels), minlength=len(images.classes)).tolist()
+        counts = []
+        if images.classes:
+            counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
         twosdm.save_checkpoint(
             self.folder / name,
             stage=self.stage,
@@ -476,7 +480,7 @@ class Run:
         )
 
     def save_all(self):
-        """The checkpoint."""
+        """Writes checkpoint.pt, from which training goes on."""
         self.save("checkpoint.pt", net=self.models.state_dict(), optimizer=self.optimizer.state_dict())
 
     def write_log(self, losses, images, began):
@@ -491,6 +495,8 @@ class Run:
             numbers += settings.get("dim") or settings["channels"] * settings["resolution"] ** 2
         # `item` waits for the GPU, before the clock is read.
         loss = torch.stack(losses).mean().item() / numbers
+        if not math.isfinite(loss):
+            raise UserError("the loss is not finite: give a lower --lr or --precision fp32, and a new --tag")
         speed = images / (time.time() - began)
         self.log.append(dict(images=self.seen, loss=loss, images_per_second=round(speed, 1)))
         if rank() == 0:
@@ -502,7 +508,7 @@ class Run:
 
     @torch.no_grad()
     def preview(self):
-        """A grid of samples: 18 steps, no churn; the image model draws after training images' embeddings."""
+        """A grid of samples: 18 steps, no churn, y as in training."""
         data = self.data
         models = self.ema.net
         if rank() > 0:
@@ -531,8 +537,8 @@ def main():
         stages = ["prior", "image", "baseline"] if twosdm.has_prior(config.y) else ["image", "baseline"]
     elif stage == "prior" and not twosdm.has_prior(config.y):
         raise UserError(f"--y {config.y} leaves the prior nothing to learn: leave out --stage prior")
-    elif stage == "joint" and (config.vae or config.embedder == "pixels"):
-        raise UserError("--stage joint trains an embedder of images: leave out --vae, --embedder pixels")
+    elif stage == "joint" and (config.y != "all" or config.vae or config.embedder == "pixels"):
+        raise UserError("--stage joint trains an embedder of images: leave out --y, --vae, --embedder pixels")
     device = twosdm.pick_device(config.device)
     twosdm.start_processes(device)
     say(f"Training {', '.join(stages)} of {config.dataset} on {device}; an interrupted command goes on when "
@@ -554,8 +560,9 @@ def side_by_side(config, stages):
     context = multiprocessing.get_context("spawn")
     children = []
     for row, stage in enumerate(stages):
-        children.append(context.Process(target=run_child, args=(config, stage, row), daemon=True))
-        children[row].start()
+        child = context.Process(target=run_child, args=(config, stage, row), daemon=True)
+        child.start()
+        children.append(child)
     for child in children:
         child.join()
     if any(child.exitcode for child in children):

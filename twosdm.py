@@ -208,7 +208,6 @@ class SampleNoise:
 
     def randn(self, *shape):
         """randn(B, ...) -> (B, ...) float32, where B is the number of seeds."""
-        assert shape[0] == len(self), (shape, len(self))
         rows = [torch.randn(shape[1:], generator=g, device=g.device) for g in self.generators]
         return torch.stack(rows)
 
@@ -297,7 +296,6 @@ def to_uint8(images):
     """[-1, 1] -> 0..255, to the nearest as in EDM (truncating instead moves FID); uint8 passes through."""
     if images.dtype == torch.uint8:
         return images
-    assert images.is_floating_point(), f"images are uint8 or floats in [-1, 1], not {images.dtype}"
     # 127.5 (x + 1), and 0.5 more, as the conversion rounds down.
     return (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
@@ -735,7 +733,8 @@ class PCA(nn.Module):
     @classmethod
     def fit(cls, y, dims):
         """To the rows of y (N, D), 0 < dims <= D."""
-        y = send(y, "cpu")
+        with warnings.catch_warnings(action="ignore"):                    # that a mapped array is read-only
+            y = torch.as_tensor(y)
         mean = y.mean(0, dtype=torch.float64)
         scatter = 0
         for part in y.split(8192):                    # a million rows in float64 would take gigabytes
@@ -1232,7 +1231,7 @@ def send(array, device):
 
 
 def made_once(folder, name, shape, dtype, make, what, batch=256):
-    """The array of folder/name.rows, mapped: `shape` (N, ...). make(numbers of rows) makes them, once.
+    """The array of folder/name.rows, mapped: `shape` (N, ...). make(rows) makes the rows of these numbers, once.
 
     They are appended to a .part file, so that a killed process goes on where it was, to the bit. The finished
     file arrives by a rename. Another process that wants it waits. `what` names the progress bar.
@@ -1293,7 +1292,7 @@ class ImageFiles:
             raise UserError(f"{source} holds no images to be read ({' '.join(SUFFIXES)}): give another path")
         if self.exact:
             with self.reading(names[0]) as file:
-                self.resolution = open_image(file).width
+                self.resolution = open_cut_image(file).width
         self.shape = (len(self.names), self.resolution, self.resolution, 3)
 
     def __getitem__(self, rows):
@@ -1375,7 +1374,7 @@ def list_files(images):
     files = {}
     folders = set()
     if source.is_dir():
-        for name in glob.iglob("./**", root_dir=source, recursive=True):  # which follows links to folders
+        for name in glob.iglob("./**", root_dir=source, recursive=True):  # which follows links, but not in circles
             path = source / name
             if path.is_dir():
                 os.listdir(path)                      # raises if there are no rights: glob passes it over
@@ -1469,7 +1468,7 @@ def read_square(file, resolution, exact=False):
     """
     image = open_cut_image(file)
     if exact and image.size != (resolution, resolution):
-        raise ValueError(f"{image.width}x{image.height} pixels, not {resolution}x{resolution} as the first")
+        raise ValueError(f"{image.width}x{image.height} pixels, where all must be squares of {resolution}")
     with suppress(Exception):                         # it turns, and then may stumble over odd EXIF
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):             # Pillow's convert would clip 16 bits to 255
@@ -1529,11 +1528,11 @@ def survey(source, resolution, skip_bad):
     files = ImageFiles(source, resolution, skip_bad=skip_bad)
     names = files.names.tolist()
     labels, classes, why_no_classes = find_labels(files)
-    counts = dict(zip(classes, np.bincount(np.int64(labels)).tolist()))
+    counts = collections.Counter(classes[label] for label in labels)
     others = set(files.listed) - set(names)
     left_out = collections.Counter(Path(name).suffix.lower() for name in others)
-    say(f"{source}: {len(names):,} images, classes: {counts or why_no_classes}; files left out: "
-        f"{dict(left_out) or 'none'}")
+    say(f"{source}: {len(names):,} images, classes: {counts.most_common(20) or why_no_classes}; "
+        f"files left out: {left_out.most_common()}")
     return dict(
         name=f"{source.stem}-{resolution}-{hash_of(files.key, repr(labels))}",
         source=str(source),
@@ -1733,8 +1732,8 @@ def run(main):
 
     What nobody foresaw keeps its traceback.
     """
-    sys.stdout.reconfigure(errors="replace")          # for consoles that lack a letter
-    sys.stderr.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")          # for consoles that lack a letter
     try:
         main()
     except UserError as error:
@@ -1942,7 +1941,7 @@ def wait_for_all():
         torch.distributed.barrier()
 
 
-FORMAT = "twosdm 4"
+FORMAT = "twosdm 5"
 
 
 def save_checkpoint(path, **content):
@@ -1975,9 +1974,10 @@ def cached(path, make):
 
 
 def build_denoiser(model):
-    """A checkpoint's dict(net="prior" | "unet", predict, settings) -> a `Denoiser` with new weights."""
-    kind = PriorTransformer if model["net"] == "prior" else UNet
-    return Denoiser(kind(**model["settings"]), predict=model["predict"])
+    """A checkpoint's dict(net="prior" | "unet", settings) -> a `Denoiser` with new weights."""
+    if model["net"] == "prior":
+        return Denoiser(PriorTransformer(**model["settings"]), predict="data")
+    return Denoiser(UNet(**model["settings"]))
 
 
 def load_denoiser(checkpoint, part=None, device="cpu"):
@@ -1989,7 +1989,7 @@ def load_denoiser(checkpoint, part=None, device="cpu"):
         part, = checkpoint["models"]
     with torch.device("meta"):                        # saves the seconds that new random weights take
         denoiser = build_denoiser(checkpoint["models"][part])
-    # Not strict: the weights of stage joint's other networks are left over.
+    # Not strict: the weights of stage joint's other networks are left over. A missing one fails in .to().
     nn.ModuleDict({part: denoiser}).load_state_dict(checkpoint["ema"], strict=False, assign=True)
     return denoiser.eval().requires_grad_(False).to(device)
 
@@ -2007,7 +2007,7 @@ def run_folder(runs, dataset, stage, y="all", tag=""):
 def picture(grids, columns):
     """{title: (N, R, R, 3) uint8} -> (H, W, 3) uint8: grids below their titles, side by side, magnified.
 
-    Titles of several grids, each with `columns` images in a row, need as many images.
+    Several grids need the same number of images each; `columns` of them stand in a row.
     """
     import torchvision                                # a second to import
     sheets = []
@@ -2032,7 +2032,7 @@ def save_picture(path, pixels):
 # 12 EDM's published networks, read without running what is inside them
 # ============================================================================================================
 class Inert(dict):
-    """Stands for any class or function that a pickle names. It keeps its arguments and does nothing."""
+    """Stands for any other class or function that a pickle names. It keeps its arguments and does nothing."""
     args = ()                                         # if the pickle makes it without __init__
     state = None
 

@@ -140,7 +140,7 @@ def test_a_zip_and_the_same_files_unzipped_are_one_set_and_a_line_says_what_it_i
     a = prepare_images(source, 8, tmp_path)
     b = prepare_images(zipped(source, rename), 8, tmp_path)
     for line in capsys.readouterr().out.splitlines():
-        assert line.endswith(": 3 images, classes: {'cat': 2, 'dog': 1}; files left out: {'.heic': 2}")
+        assert line.endswith(": 3 images, classes: [('cat', 2), ('dog', 1)]; files left out: [('.heic', 2)]")
     assert a.name == b.name
     assert a.labels.tolist() == b.labels.tolist() == [0, 0, 1]
     assert (a.pixels == b.pixels).all()
@@ -182,7 +182,7 @@ def test_bad_images_are_left_out_on_request_and_mended_ones_are_looked_at_again(
         prepare_images(source, SIDE, tmp_path)
     images = prepare_images(source, SIDE, tmp_path, skip_bad=True)
     assert (images.pixels == [noise(2), noise(3)]).all()
-    assert "left out: {'.png': 1}" in capsys.readouterr().out
+    assert "left out: [('.png', 1)]" in capsys.readouterr().out
     (source / "cat/1.png").unlink()
     assert prepare_images(source, SIDE, tmp_path).labels.tolist() == [0, 1]
 

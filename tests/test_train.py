@@ -258,6 +258,7 @@ def test_presets_have_the_numbers_and_the_networks_of_the_paper_and_edm(dataset,
 --images many -> --images
 --lr nan -> --lr
 --resolution 9 -> --resolution 9
+--arch adm -> --width
 --device abacus -> --device abacus
 --y banana -> pca:D kmeans:K
 --y pca:99 -> 48 dimensions
