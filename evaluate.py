@@ -454,7 +454,7 @@ def find_reference(sets, args, config):
 # ============================================================================================================
 # 4 From images to features to metrics
 # ============================================================================================================
-FEATURES = {"shapes": "world", "fashion-mnist": "pixels"}     # of others: inception
+FEATURES = {"shapes": "world", "fashion-mnist": "pixels", "folder": "pixels"}     # of others: inception
 TRAINING = "training images"
 BALL_NEIGHBORS = 3
 IS_BLOCK = 5000
@@ -749,7 +749,7 @@ class Flags:
     reference: str = None           # the same, or EDM's or OpenAI's .npz; default: the training images
     data: str = ""                  # where the training images are now
     features: str = None            # what FID compares: world (default on shapes), pixels (default on
-                                    # fashion-mnist) or inception (default elsewhere)
+                                    # fashion-mnist and folder) or inception (default elsewhere)
     nearest: str = None             # instead: the nearest training images, by lpips, clip or pixels
     n: int = 100                    # images of each folder for --nearest
     tables: list = None             # instead: the paper's tables, of these results.jsonl or --dataset's

@@ -91,8 +91,8 @@ class Pipeline:
                 raise UserError("prior and image model were trained on other images, embeddings or classes: "
                                 "give two of the same settings, with their --y")
         if args.class_ is not None and args.class_ not in np.flatnonzero(self.class_counts):
-            raise UserError(f"--class {args.class_}: this model knows {len(self.class_counts)} classes, from "
-                            f"0, of which some may have no images")
+            raise UserError(f"--class {args.class_}: the model has {len(self.class_counts)} classes, from 0, "
+                            f"of which some may have no images; train.py --a class teaches them")
         if args.guidance != 1 and ("image" not in checkpoints or not self.config.y_dropout):
             raise UserError("--guidance needs an image model that sometimes was not told y: python train.py "
                             "--stage image --y-dropout 0.1")
@@ -420,7 +420,7 @@ def choose_methods(args):
     if not methods:
         trained = ", ".join(str(path.parent) for path in Path(args.runs).glob("*/*/checkpoint.pt"))
         raise UserError(f"nothing of --dataset {args.dataset} with this --tag is trained in {args.runs}: run "
-                        f"python train.py first, or choose of what is: {trained or 'nothing'}")
+                        f"python train.py first; trained is {trained or 'nothing at all'}")
     return methods
 
 
@@ -480,7 +480,7 @@ def main():
                 raise UserError(f"{paths[stage].parent} has no snapshots: train with --snapshot-every 100k")
         for file in files:
             pictures[TITLES[method]] = draw_method(method, paths | {stage: file}, args, device)
-    if rank() == 0 and len(pictures) > 1:
+    if rank() == 0 and len(pictures) > 1 and not args.snapshots:
         path = Path(args.samples, args.dataset, "grid.png")
         twosdm.save_picture(path, twosdm.picture(pictures, columns=8))
         print(path)

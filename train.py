@@ -48,7 +48,8 @@ class Config:
 
     # Data
     dataset: str = "shapes"             # fashion-mnist, cifar10, folder (your images), afhq, ffhq, imagenet,
-                                        # imagenet-class or imagenet-latent; each changes some defaults
+                                        # imagenet-class or imagenet-latent; each changes some defaults:
+                                        # PRESETS, in this file, says which
     data: str = ""                      # folder or zip with the images
     resolution: int = 64                # height and width of the images, in pixels (paper)
     size: int = 20 * K                  # number of images of the embedded world
@@ -149,6 +150,8 @@ def configure(dataset="shapes", **changes):
     config = Config(dataset=dataset, **PRESETS[dataset] | changes)
     if config.data:
         config.data = str(Path(config.data).absolute())                   # sample.py may be run elsewhere
+    if config.dataset == "folder" and not config.data:
+        raise UserError("--dataset folder needs your images: add --data FOLDER_OR_ZIP")
     kind, _ = twosdm.parse_y(config.y)
     halved = 2 ** (len(config.mults) - 1) * (8 if config.vae else 1)
     if config.resolution % halved:

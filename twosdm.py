@@ -218,8 +218,7 @@ class SampleNoise:
 def pick_numbers(seeds, counts, stream):
     """For each seed a number i with probability counts[i] / sum(counts): (B,) int64."""
     ends = np.cumsum(counts)
-    total = int(ends[-1])
-    places = [torch.randint(total, (), generator=generator_of(seed, stream)).item() for seed in seeds]
+    places = [torch.randint(int(ends[-1]), (), generator=generator_of(seed, stream)).item() for seed in seeds]
     return np.searchsorted(ends, places, side="right")
 
 
@@ -1231,7 +1230,7 @@ def send(array, device):
 
 
 def made_once(folder, name, shape, dtype, make, what, batch=256):
-    """The array of folder/name.rows, mapped: `shape` (N, ...). make(rows) makes the rows of these numbers, once.
+    """The array of folder/name.rows, mapped: `shape` (N, ...). make(rows) makes those of these numbers, once.
 
     They are appended to a .part file, so that a killed process goes on where it was, to the bit. The finished
     file arrives by a rename. Another process that wants it waits. `what` names the progress bar.
@@ -1340,8 +1339,8 @@ class ImageFiles:
         except MemoryError:
             raise
         except Exception as error:                    # on damaged files Pillow and zipfile raise anything
-            raise UserError(f"{name} in {self.source} cannot be read ({error!r:.200}): repair or remove "
-                            f"it; train.py --skip-bad leaves all such images out") from error
+            raise UserError(f"{name} in {self.source} cannot be read ({error!r:.200}): repair, remove or "
+                            f"replace it (train.py --skip-bad leaves all such images out)") from error
 
     def load(self, name):
         """The name of an image -> (R, R, 3) uint8."""
@@ -1374,7 +1373,7 @@ def list_files(images):
     files = {}
     folders = set()
     if source.is_dir():
-        for name in glob.iglob("./**", root_dir=source, recursive=True):  # which follows links, but not in circles
+        for name in glob.iglob("./**", root_dir=source, recursive=True):  # which follows links
             path = source / name
             if path.is_dir():
                 os.listdir(path)                      # raises if there are no rights: glob passes it over
@@ -1510,8 +1509,8 @@ def prepare_images(source, resolution, cache, skip_bad=False, keep_pixels=True):
     images = Images(known["name"], files, labels, known["classes"], known["why_no_classes"])
     if keep_pixels:
         try:
-            read = files.__getitem__
-            images.pixels = made_once(cache, images.name, files.shape, np.uint8, read, "preparing")
+            images.pixels = made_once(
+                cache, images.name, files.shape, np.uint8, files.__getitem__, "preparing")
         except UserError:
             path.unlink(missing_ok=True)              # the source is listed anew when the user has mended it
             raise
@@ -1529,12 +1528,11 @@ def survey(source, resolution, skip_bad):
     names = files.names.tolist()
     labels, classes, why_no_classes = find_labels(files)
     counts = collections.Counter(classes[label] for label in labels)
-    others = set(files.listed) - set(names)
-    left_out = collections.Counter(Path(name).suffix.lower() for name in others)
-    say(f"{source}: {len(names):,} images, classes: {counts.most_common(20) or why_no_classes}; "
+    left_out = collections.Counter(Path(name).suffix.lower() for name in set(files.listed) - set(names))
+    say(f"{source}: {len(names):,} images, classes: {counts.most_common(20) or 'none: ' + why_no_classes}; "
         f"files left out: {left_out.most_common()}")
     return dict(
-        name=f"{source.stem}-{resolution}-{hash_of(files.key, repr(labels))}",
+        name=f"images-{resolution}-{hash_of(files.key, repr(labels))}",
         source=str(source),
         times=times_of(source / folder for folder in files.folders),
         names=names,
@@ -1597,8 +1595,6 @@ def find_source(config, cache):
     """Where a data set is: at --data, where the prepared set came from, or in data/. Raises UserError."""
     if config.data:
         return Path(config.data)
-    if config.dataset == "folder":
-        raise UserError("--dataset folder needs your images: add --data FOLDER_OR_ZIP")
     prepared = list(cache.glob(f"*-{config.resolution}.set"))
     if len(prepared) == 1:
         return Path(json.loads(load_checkpoint(prepared[0])["content"])["source"])
@@ -1953,7 +1949,8 @@ def save_checkpoint(path, **content):
 def load_checkpoint(path):
     """Reads a checkpoint without running anything in it. UserError if it is missing or another file."""
     if not Path(path).is_file():
-        raise UserError(f"{path} does not exist: train it first, with python train.py, or give another file")
+        raise UserError(f"{path} does not exist: train it first, by train.py with the same --runs, --dataset, "
+                        f"--y and --tag, or give another file")
     open(path, "rb").close()                          # raises if there are no rights: it is not damaged then
     # A mapped file is read where it is used: sampling needs no optimizer. Not all file systems can map.
     for mmap in (True, False):

@@ -190,7 +190,7 @@ def test_bad_images_are_left_out_on_request_and_mended_ones_are_looked_at_again(
 def test_prepared_once_the_source_is_not_looked_at_again_and_may_be_gone(tmp_path, capsys, monkeypatch):
     source = folder(tmp_path / "in", {"1.png": 1, "2.png": 2})
     first = prepare_images(source, 8, tmp_path)
-    assert "classes: 1.png does not" in capsys.readouterr().out
+    assert "classes: none: 1.png" in capsys.readouterr().out
     monkeypatch.setattr(twosdm, "list_files", None)
     monkeypatch.setattr(twosdm, "read_square", None)
     prepare_images(source, 8, tmp_path)
