@@ -112,10 +112,9 @@ ADM = dict(twosdm.ARCHITECTURES["adm"], arch="adm", batch_gpu=8)          # EDM
 # Paper: batch, lr, no augmentation. EDM: dropout; its EMA of 50 M images belongs to its 2,500 M.
 IMAGENET = dict(ADM, augment=0.0, dropout=0.10, batch=128, lr=1e-4)
 # Ours: minutes on a CPU, where many small steps learn more than few large ones.
-SMALL = dict(prior_images=400 * K, prior_lr=1e-3, prior_width=128, prior_depth=3, prior_heads=4, width=24,
-             mults=(1, 2, 2), blocks=1, lr_ramp=4 * K, threads=1, log_every=2 * K, save_minutes=0.2)
-SIXTEEN = dict(SMALL, resolution=16, augment=0.0, prior_batch=64, batch=16, attention=(4,), dropout=0.0,
-               steps=18, churn=0.0)
+SMALL = dict(resolution=16, augment=0.0, prior_images=400 * K, prior_batch=64, prior_lr=1e-3, prior_width=128,
+             prior_depth=3, prior_heads=4, batch=16, width=24, mults=(1, 2, 2), blocks=1, attention=(4,),
+             dropout=0.0, lr_ramp=4 * K, steps=18, churn=0.0, threads=1, log_every=2 * K, save_minutes=0.2)
 
 PRESETS = {
     "afhq": dict(dropout=0.25),                       # paper: as EDM
@@ -127,10 +126,9 @@ PRESETS = {
     "cifar10": dict(resolution=32, a="class", augment=0.12, dropout=0.13, mults=(2, 2, 2), images=200 * M,
                     batch=512, lr=1e-3, batch_gpu=64),                    # EDM
     # Ours: your own images, and two data sets for a laptop.
-    "folder": dict(SMALL, resolution=32, attention=(8,), images=50 * K, batch=32, lr=2e-3,
-                   preview_every=6 * K),
-    "fashion-mnist": dict(SIXTEEN, embedder="pixels", images=80 * K, lr=3e-3, preview_every=20 * K),
-    "shapes": dict(SIXTEEN, embedder="shapes", images=32 * K, lr=4e-3, preview_every=16 * K,
+    "folder": dict(SMALL, images=90 * K, lr=3e-3, preview_every=20 * K),
+    "fashion-mnist": dict(SMALL, embedder="pixels", images=80 * K, lr=3e-3, preview_every=20 * K),
+    "shapes": dict(SMALL, embedder="shapes", images=32 * K, lr=4e-3, preview_every=16 * K,
                    snapshot_every=10 * K),
 }
 

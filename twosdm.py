@@ -1242,7 +1242,7 @@ def made_once(folder, name, shape, dtype, make, what, batch=256):
     with locked(path.with_suffix(".lock")) as alone:
         # Where there are no locks, several processes may make the same.
         part = path.with_suffix(".part" if alone else f".{os.getpid()}.part")
-        if not path.exists():
+        if not path.exists() or path.stat().st_size != total * row_bytes:         # a copy may be cut off
             with open(part, "ab") as file:
                 batches = file.tell() // batch_bytes                      # whole ones, which are kept
                 file.truncate(batches * batch_bytes)
