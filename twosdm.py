@@ -1868,7 +1868,7 @@ def pick_device(name):
     """--device -> torch.device. "auto": cuda, else cpu. Process i has GPU i. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
+    if name == "cuda" and processes() > 1:            # LOCAL_RANK is also set by others than torchrun
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.empty(0, device=name).device
@@ -1949,8 +1949,8 @@ def save_checkpoint(path, **content):
 def load_checkpoint(path):
     """Reads a checkpoint without running anything in it. UserError if it is missing or another file."""
     if not Path(path).is_file():
-        raise UserError(f"{path} does not exist: train it first, by train.py with the same --runs, --dataset, "
-                        f"--y and --tag, or give another file")
+        raise UserError(f"{path} does not exist: train it first, by train.py with the same --runs, "
+                        f"--dataset, --y and --tag, or give another file")
     open(path, "rb").close()                          # raises if there are no rights: it is not damaged then
     # A mapped file is read where it is used: sampling needs no optimizer. Not all file systems can map.
     for mmap in (True, False):

@@ -20,7 +20,8 @@ import twosdm
 from twosdm import Denoiser, UNet, UserError, load_edm_pickle
 
 HERE = Path(__file__).parent
-FLAGS = "--dataset folder --augment 0.15 --arch ddpm++ --resolution 16 --width 32 --mults 1,2 --blocks 1 --attention 8".split()
+FLAGS = ("--dataset folder --augment 0.15 --arch ddpm++ --resolution 16 --width 32 --mults 1,2 --blocks 1 "
+         "--attention 8").split()
 
 
 def edm_weights(arch):
